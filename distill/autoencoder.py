@@ -1,0 +1,270 @@
+"""Autoencoders: images in [-1, 1] ↔ latents of zero mean and unit deviation, one contract for all.
+
+An autoencoder is a module with ``latent_channels``, ``factor`` (pixels per latent), ``encode`` and ``decode``. Two
+are here: a small convolutional one for the device, and diffusers' ``AutoencoderKL`` read from a local folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distill.train import History, TrainConfig, fit
+from rpfm_edge.errors import ConfigError
+from rpfm_edge.image import to_model
+
+
+class Autoencoder(Protocol):
+    """What the teacher, the distiller and the exporter need of an autoencoder."""
+
+    latent_channels: int
+    factor: int
+
+    def encode(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] → (B, C, H/f, W/f), deterministic, normalised."""
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """The inverse of ``encode``; values may leave [-1, 1] slightly."""
+
+
+@dataclass(frozen=True, slots=True)
+class SmallAutoencoderConfig:
+    """Widths and residual blocks at 1/2, 1/4 and 1/8 of the image."""
+
+    latent_channels: int = 8
+    widths: tuple[int, ...] = (32, 64, 96)
+    encoder_blocks: tuple[int, ...] = (1, 1, 2)
+    decoder_blocks: tuple[int, ...] = (1, 2, 2)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3 × 3 convolutions around a ReLU: no normalisation, so that it is cheap and quantizes well."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)  # starts as the identity, which lets an unnormalised stack train
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+class SmallAutoencoder(nn.Module):
+    """A convolutional autoencoder whose work is done at low resolution; 1.9 GFLOP to decode 256 × 176.
+
+    A linear path (8 × 8 patches to channels and back) runs beside the convolutions, which start at zero: initialised
+    with
+    the principal components of the data (``set_principal_components``), training begins at their quality, colours
+    included.
+    Latents are normalised by the buffers ``mean`` and ``std`` (per channel), which training measures at its end.
+    """
+
+    factor = 8
+
+    def __init__(self, config: SmallAutoencoderConfig) -> None:
+        super().__init__()
+        self.config, self.latent_channels = config, config.latent_channels
+        widths, channels = config.widths, config.latent_channels
+        self.patches_to_latent = nn.Conv2d(3 * self.factor**2, channels, 1)
+        self.latent_to_patches = nn.Conv2d(channels, 3 * self.factor**2, 1)
+
+        encoder: list[nn.Module] = [nn.PixelUnshuffle(2), nn.Conv2d(12, widths[0], 3, padding=1)]
+        for level, width in enumerate(widths):
+            if level:
+                encoder += [nn.PixelUnshuffle(2), nn.Conv2d(4 * widths[level - 1], width, 1)]
+            encoder += [ResidualBlock(width) for _ in range(config.encoder_blocks[level])]
+        self.encoder = nn.Sequential(*encoder, nn.Conv2d(widths[-1], channels, 3, padding=1))
+
+        decoder: list[nn.Module] = [nn.Conv2d(channels, widths[-1], 3, padding=1)]
+        for level in reversed(range(len(widths))):
+            decoder += [ResidualBlock(widths[level]) for _ in range(config.decoder_blocks[level])]
+            if level:
+                decoder += [nn.Conv2d(widths[level], 4 * widths[level - 1], 1), nn.PixelShuffle(2)]
+        self.decoder = nn.Sequential(*decoder, nn.ReLU(), nn.Conv2d(widths[0], 12, 3, padding=1), nn.PixelShuffle(2))
+
+        for layer in (self.encoder[-1], self.decoder[-2]):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
+        self.register_buffer("std", torch.ones(1, channels, 1, 1))
+
+    def raw_encode(self, image: Tensor) -> Tensor:
+        """The latent before normalisation."""
+        return self.patches_to_latent(F.pixel_unshuffle(image, self.factor)) + self.encoder(image)
+
+    def raw_decode(self, latent: Tensor) -> Tensor:
+        """The image of a latent that is not normalised."""
+        return F.pixel_shuffle(self.latent_to_patches(latent), self.factor) + self.decoder(latent)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] → (B, C, H/8, W/8), normalised."""
+        return (self.raw_encode(image) - self.mean) / self.std
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """(B, C, h, w) → (B, 3, 8h, 8w)."""
+        return self.raw_decode(latent * self.std + self.mean)
+
+
+class KLAutoencoder(nn.Module):
+    """diffusers' ``AutoencoderKL`` (the SD VAE family): its scaling factor and shift become our normalisation."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+        self.scale = float(vae.config.scaling_factor)
+        self.shift = float(vae.config.get("shift_factor") or 0.0)
+        self.latent_channels = int(vae.config.latent_channels)
+        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """The mode of the posterior, so that the same image always has the same latent."""
+        return (self.vae.encode(image).latent_dist.mode() - self.shift) * self.scale
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """(B, C, h, w) → (B, 3, f h, f w)."""
+        return self.vae.decode(latent / self.scale + self.shift).sample
+
+
+def load_kl(folder: Path | str) -> KLAutoencoder:
+    """Read a diffusers ``AutoencoderKL`` from a local folder (``config.json`` and safetensors); never downloads."""
+    from diffusers import AutoencoderKL
+
+    try:
+        vae = AutoencoderKL.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{folder} holds no AutoencoderKL ({str(error).splitlines()[0]})",
+            expected="a folder with config.json and diffusion_pytorch_model.safetensors",
+            fix="copy the VAE folder of a diffusers model there",
+        ) from None
+    return KLAutoencoder(vae.eval().requires_grad_(False))
+
+
+def create(config: dict[str, Any]) -> nn.Module:
+    """The autoencoder that a teacher's or student's manifest describes, without its weights."""
+    if config["kind"] == "small":
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k != "kind"}
+        return SmallAutoencoder(SmallAutoencoderConfig(**fields))
+    if config["kind"] == "kl":
+        from diffusers import AutoencoderKL
+
+        return KLAutoencoder(AutoencoderKL.from_config(config["config"]))
+    raise ConfigError(f"unknown autoencoder {config['kind']!r}", expected="small or kl", fix="check the manifest")
+
+
+def describe(autoencoder: nn.Module) -> dict[str, Any]:
+    """The config that ``create`` turns into the same architecture."""
+    if isinstance(autoencoder, SmallAutoencoder):
+        return {"kind": "small", **asdict(autoencoder.config)}
+    if isinstance(autoencoder, KLAutoencoder):
+        return {"kind": "kl", "config": dict(autoencoder.vae.config)}
+    raise ConfigError(
+        f"autoencoder {type(autoencoder).__name__}", expected="SmallAutoencoder or KLAutoencoder", fix="wrap it in one"
+    )
+
+
+LATENT_NOISE = 0.05  # relative to each channel's deviation, during training
+
+
+def edges(image: Tensor) -> tuple[Tensor, Tensor]:
+    """Finite differences down and across."""
+    return image[..., 1:, :] - image[..., :-1, :], image[..., :, 1:] - image[..., :, :-1]
+
+
+def reconstruction_loss(output: Tensor, image: Tensor) -> Tensor:
+    """L1 of the pixels and of their differences (edges carry the garment's pattern), and L2 for PSNR."""
+    gradient = sum(F.l1_loss(a, b) for a, b in zip(edges(output), edges(image), strict=True))
+    return F.l1_loss(output, image) + F.mse_loss(output, image) + gradient
+
+
+def training_loss(autoencoder: SmallAutoencoder, image: Tensor, generator: torch.Generator) -> Tensor:
+    """Reconstruction through slightly noisy latents: the decoder must forgive what the flow model gets wrong.
+
+    The weak penalty on the latents' size only keeps their scale from drifting.
+    """
+    latent = autoencoder.raw_encode(image)
+    noise = torch.randn(latent.shape, generator=generator, device=generator.device).to(latent)
+    noisy = latent + LATENT_NOISE * latent.detach().std((0, 2, 3), keepdim=True) * noise
+    return reconstruction_loss(autoencoder.raw_decode(noisy), image) + 1e-3 * latent.square().mean()
+
+
+@torch.no_grad()
+def set_principal_components(autoencoder: SmallAutoencoder, images: Tensor) -> None:
+    """Initialise the linear path with the principal components of the 8 × 8 patches of ``images`` (B, 3, H, W),
+    whitened."""
+    patches = F.pixel_unshuffle(images, autoencoder.factor).permute(0, 2, 3, 1).flatten(0, 2).double()
+    mean = patches.mean(0)
+    variances, components = torch.linalg.eigh(torch.cov((patches - mean).T))
+    basis = components.flip(1)[:, : autoencoder.latent_channels]
+    deviation = variances.flip(0)[: autoencoder.latent_channels].sqrt()
+    down, up = (basis / deviation).T, basis * deviation
+    autoencoder.patches_to_latent.weight.copy_(down[:, :, None, None])
+    autoencoder.patches_to_latent.bias.copy_(-down @ mean)
+    autoencoder.latent_to_patches.weight.copy_(up[:, :, None, None])
+    autoencoder.latent_to_patches.bias.copy_(mean)
+
+
+@torch.no_grad()
+def normalise(autoencoder: SmallAutoencoder, images: list[Tensor]) -> None:
+    """Measure the latents of ``images`` (batches in [-1, 1]) and set ``mean`` and ``std`` from them."""
+    latents = torch.cat([autoencoder.raw_encode(batch).float() for batch in images])
+    autoencoder.mean.copy_(latents.mean((0, 2, 3), keepdim=True))
+    autoencoder.std.copy_(latents.std((0, 2, 3), keepdim=True))
+
+
+@dataclass(frozen=True, slots=True)
+class AutoencoderTraining:
+    """How a small autoencoder is trained: whole height, random columns of ``crop_width`` pixels, mirrored half of
+    the time."""
+
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(lr=2e-3, warmup_steps=50, ema=0.995))
+    batch: int = 8
+    crop_width: int = 128
+
+
+class _Loss(nn.Module):
+    def __init__(self, autoencoder: SmallAutoencoder) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, image: Tensor, seed: int) -> Tensor:
+        return training_loss(self.autoencoder, image, torch.Generator().manual_seed(seed))
+
+
+def train_autoencoder(
+    autoencoder: SmallAutoencoder,
+    read: Callable[[int], np.ndarray],
+    count: int,
+    config: AutoencoderTraining,
+    checkpoint: Path,
+) -> tuple[SmallAutoencoder, History]:
+    """Train on ``count`` images that ``read(index)`` gives as (H, W, 3) uint8; returns the EMA, normalised. Resumes."""
+
+    def batch(indices: np.ndarray) -> Tensor:
+        return torch.from_numpy(to_model(np.stack([read(int(i)) for i in indices])))
+
+    def step_loss(model: nn.Module, step: int, rng: np.random.Generator) -> Tensor:
+        images = batch(rng.integers(0, count, config.batch))
+        left = int(rng.integers(0, max(0, images.shape[3] - config.crop_width) + 1)) // 8 * 8
+        images = images[..., left : left + config.crop_width]
+        images = images.flip(3) if rng.random() < 0.5 else images
+        device = next(model.parameters()).device
+        return model(images.to(device, memory_format=torch.channels_last), int(rng.integers(2**63)))
+
+    few = np.linspace(0, count - 1, min(count, 344)).astype(int)
+    if not checkpoint.exists():
+        set_principal_components(autoencoder, batch(few))
+    module = _Loss(autoencoder.to(memory_format=torch.channels_last))
+    ema, history = fit(module, step_loss, config.train, checkpoint, "autoencoder")
+    trained = ema.autoencoder
+    normalise(trained, [batch(few[i : i + 8]).to(next(trained.parameters()).device) for i in range(0, len(few), 8)])
+    return trained, history

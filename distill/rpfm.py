@@ -1,0 +1,215 @@
+"""The RPFM network: a DiT that predicts dz/dt of a latent, given the latent of a source image and a pose (arXiv
+2505.03562).
+
+The paper gives no code; what it leaves open is read here so that the device is fast:
+
+- Blocks are DiT's with adaLN-Zero (arXiv 2212.09748), in X-MDPT's sizes (arXiv 2402.05937).
+- The pose is aligned with the target in space, so its features are concatenated to ``x_t`` on channels.
+- The source runs through the same blocks as tokens of its own, without time and noise, and never sees the target.
+  The target
+  attends to target and source keys together. So the source's keys and values depend on the identity alone: they are
+  computed once per person and are inputs of the per-frame graph.
+- adaLN depends on time alone, so in a few-step student, whose times are known, it folds into constants.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distill.autoencoder import ResidualBlock
+from rpfm_edge.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class RPFMConfig:
+    """Architecture. ``pose_channels`` 0 means that the pose image goes through the autoencoder, as in the paper;
+    otherwise a small convolutional encoder with that many output channels is trained with the network."""
+
+    dim: int
+    depth: int
+    heads: int
+    latent_channels: int = 8
+    latent_size: tuple[int, int] = (32, 22)
+    factor: int = 8
+    patch: int = 2
+    mlp_ratio: int = 4
+    pose_channels: int = 16
+    step_embedding: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of one latent."""
+        return self.latent_size[0] * self.latent_size[1] // self.patch**2
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w)."""
+        return (self.latent_channels, *self.latent_size)
+
+    @property
+    def source_kv_shape(self) -> tuple[int, ...]:
+        """(layers, key or value, heads, tokens, head width): what ``source_kv`` returns for one source."""
+        return (self.depth, 2, self.heads, self.tokens, self.dim // self.heads)
+
+
+PRESETS = {
+    "xs": RPFMConfig(dim=192, depth=6, heads=3),
+    "s": RPFMConfig(dim=384, depth=12, heads=6),
+    "b": RPFMConfig(dim=768, depth=12, heads=12),
+    "l": RPFMConfig(dim=1024, depth=24, heads=16),
+}
+
+
+def preset(name: str, **changes: object) -> RPFMConfig:
+    """A named architecture, with fields replaced."""
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}", expected=f"one of {sorted(PRESETS)}", fix="check the spelling")
+    return replace(PRESETS[name], **changes)  # type: ignore[arg-type]
+
+
+class ScalarEmbedding(nn.Module):
+    """A number in [0, 1] as sinusoids of 256 frequencies and a two-layer perceptron."""
+
+    def __init__(self, dim: int, zero: bool = False) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.register_buffer(
+            "frequencies", 1000 * torch.exp(-math.log(10000) * torch.arange(128) / 128), persistent=False
+        )
+        if zero:  # a new embedding must not move a trained network
+            nn.init.zeros_(self.mlp[2].weight)
+            nn.init.zeros_(self.mlp[2].bias)
+
+    def forward(self, value: Tensor) -> Tensor:
+        angles = value[:, None].float() * self.frequencies
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
+
+
+class Block(nn.Module):
+    """Joint attention and a perceptron, each scaled, shifted and gated by adaLN-Zero."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, mlp_ratio * dim), nn.GELU(approximate="tanh"), nn.Linear(mlp_ratio * dim, dim)
+        )
+        self.modulation = nn.Linear(dim, 6 * dim)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, condition: Tensor, source: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(B, N, D) tokens, (B, D) condition, (2, B, H, N, hd) source keys and values → tokens, own keys and values."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).unsqueeze(1).chunk(6, dim=-1)
+        q, k, v = self._heads(self.qkv(self.norm1(x) * (1 + scale1) + shift1))
+        own = torch.stack([k, v])
+        if source is not None:
+            k, v = torch.cat([k, source[0]], dim=-2), torch.cat([v, source[1]], dim=-2)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + gate1 * self.proj(attended)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2), own
+
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        batch, tokens, width = qkv.shape
+        q, k, v = qkv.view(batch, tokens, 3, self.heads, width // (3 * self.heads)).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v  # each (B, H, N, hd)
+
+
+class PoseEncoder(nn.Module):
+    """A skeleton image as features at the latent's resolution: cheap, because it runs for every frame."""
+
+    def __init__(self, factor: int, channels: int, width: int = 64) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.PixelUnshuffle(factor),
+            nn.Conv2d(3 * factor**2, width, 1),
+            ResidualBlock(width),
+            nn.Conv2d(width, channels, 1),
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] → (B, channels, H/f, W/f)."""
+        return self.layers(image)
+
+
+class RPFM(nn.Module):
+    """The velocity network v(x_t, t | pose, source), and with a step embedding the flow map's u(x_t, t, d | pose,
+    source)."""
+
+    def __init__(self, config: RPFMConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, patch, channels = config.dim, config.patch, config.latent_channels
+        pose_channels = config.pose_channels or channels
+        self.pose_encoder = PoseEncoder(config.factor, pose_channels) if config.pose_channels else None
+        self.embed = nn.Linear((channels + pose_channels) * patch**2, dim)
+        self.embed_source = nn.Linear(channels * patch**2, dim)
+        self.position = nn.Parameter(0.02 * torch.randn(1, config.tokens, dim))
+        self.null_source = nn.Parameter(0.02 * torch.randn(1, 1, dim))
+        self.source_condition = nn.Parameter(0.02 * torch.randn(1, dim))
+        self.time = ScalarEmbedding(dim)
+        self.step = ScalarEmbedding(dim, zero=True) if config.step_embedding else None
+        self.blocks = nn.ModuleList(Block(dim, config.heads, config.mlp_ratio) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.modulation = nn.Linear(dim, 2 * dim)
+        self.head = nn.Linear(dim, channels * patch**2)
+        for layer in (self.modulation, self.head):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def source_kv(self, source: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Keys and values of every layer for (S, C, h, w) source latents → (layers, 2, S, heads, N, hd).
+
+        ``keep`` (S,) bool: where False the source is replaced by the learned null, for classifier-free guidance.
+        """
+        x = self.embed_source(patchify(source, self.config.patch))
+        if keep is not None:
+            x = torch.where(keep[:, None, None], x, self.null_source.to(x.dtype))
+        x = x + self.position
+        condition = F.silu(self.source_condition).expand(len(x), -1)
+        collected = []
+        for block in self.blocks:
+            x, own = block(x, condition, None)
+            collected.append(own)
+        return torch.stack(collected)
+
+    def forward(self, x: Tensor, t: Tensor, pose: Tensor, source_kv: Tensor, d: Tensor | None = None) -> Tensor:
+        """Velocity, or average velocity over [t, t + d].
+
+        Args:
+            x: (B, C, h, w) latent at time t.
+            t: (B,) in [0, 1].
+            pose: (B, P, h, w) pose features or pose latent.
+            source_kv: from ``source_kv``, for B sources.
+            d: (B,) step size; only with a step embedding, where None means the instantaneous velocity (d = 0).
+        """
+        condition = self.time(t)
+        if self.step is not None:
+            condition = condition + self.step(torch.zeros_like(t) if d is None else d)
+        condition = F.silu(condition)
+        tokens = self.embed(patchify(torch.cat([x, pose], dim=1), self.config.patch)) + self.position
+        for layer, block in enumerate(self.blocks):
+            tokens, _ = block(tokens, condition, source_kv[layer])
+        shift, scale = self.modulation(condition).unsqueeze(1).chunk(2, dim=-1)
+        tokens = self.head(self.norm(tokens) * (1 + scale) + shift)
+        return unpatchify(tokens, self.config.patch, self.config.latent_size)
+
+
+def patchify(x: Tensor, patch: int) -> Tensor:
+    """(B, C, h, w) → (B, N, C p p), row by row."""
+    return F.pixel_unshuffle(x, patch).flatten(2).transpose(1, 2)
+
+
+def unpatchify(tokens: Tensor, patch: int, size: tuple[int, int]) -> Tensor:
+    """(B, N, C p p) → (B, C, h, w): the inverse of ``patchify``."""
+    height, width = size[0] // patch, size[1] // patch
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height, width)), patch)

@@ -1,0 +1,189 @@
+"""Students: the teacher's network, distilled to few steps with the guidance folded in, and the artifact that holds
+one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distill import autoencoder as autoencoders
+from distill import targets
+from distill.autoencoder import edges
+from distill.batches import Batch, EncodedSplit
+from distill.rpfm import RPFM, RPFMConfig
+from distill.store import Trajectories
+from distill.teacher import RPFMTeacher, Teacher, encode_pose, network_config
+from distill.train import History, TrainConfig, fit
+from distill.weights import load_weights, save_weights
+from rpfm_edge import artifact, assets
+from rpfm_edge.artifact import Artifact, Stage
+from rpfm_edge.errors import ConfigError
+from rpfm_edge.flow import sample
+
+Method = Literal["reflow", "flowmap", "endpoint"]
+METHODS = ("reflow", "flowmap", "endpoint")
+
+
+@dataclass(frozen=True, slots=True)
+class DistillConfig:
+    """``steps`` is what the student is meant to run with; a flow map also serves the other powers of two up to 8."""
+
+    method: Method = "flowmap"
+    steps: int = 4
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(lr=3e-4, warmup_steps=50))
+    batch: int = 64
+    perceptual_weight: float = 0.5  # endpoint: decoded edges, on ``perceptual_images`` of each batch
+    perceptual_images: int = 4
+
+
+class Student(nn.Module):
+    """A flow map u(x, t, d) with its autoencoder; one network evaluation per step."""
+
+    def __init__(self, network: RPFM, autoencoder: nn.Module) -> None:
+        super().__init__()
+        self.network, self.autoencoder = network, autoencoder
+
+    def condition(self, source: Tensor, pose: Tensor) -> dict[str, Tensor]:
+        """From (S, C, h, w) source latents and (B, 3, H, W) skeletons, B a multiple of S."""
+        features = encode_pose(self.network, self.autoencoder, pose)
+        source_kv = self.network.source_kv(source).repeat_interleave(len(pose) // len(source), dim=2)
+        return {"pose": features, "source_kv": source_kv}
+
+    def average_velocity(self, x: Tensor, t: Tensor, d: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """u over [t, t + d] for t, d (B,); networks without a step embedding ignore d."""
+        step = d if self.network.step is not None else None
+        return self.network(x, t, condition["pose"], condition["source_kv"], step)
+
+    def sample(self, noise: Tensor, condition: dict[str, Tensor], steps: int) -> Tensor:
+        """The latent at t = 1 from (B, C, h, w) noise, in ``steps`` evaluations."""
+
+        def average_velocity(x: Tensor, t: float, d: float) -> Tensor:
+            return self.average_velocity(x, x.new_full((len(x),), t), x.new_full((len(x),), d), condition)
+
+        return sample(average_velocity, noise, steps)
+
+
+class DistillLoss(nn.Module):
+    """The loss of one method on a batch of stored paths (B, grid + 1, C, h, w)."""
+
+    def __init__(self, student: Student, config: DistillConfig) -> None:
+        super().__init__()
+        self.network, self.config = student.network, config
+        self._autoencoder = [student.autoencoder]  # in a list: frozen, not a part of the training state
+
+    def forward(self, batch: Batch, states: Tensor, rng: np.random.Generator) -> Tensor:
+        student = Student(self.network, self._autoencoder[0])
+        condition = student.condition(batch.source, batch.pose)
+        if self.config.method == "endpoint":
+            return self._endpoint(student, condition, states)
+        target = targets.reflow(states, rng) if self.config.method == "reflow" else targets.flowmap(states, rng)
+        velocity = student.average_velocity(target.x, target.t, target.d, condition)
+        return targets.pseudo_huber(velocity.float() - target.velocity)
+
+    def _endpoint(self, student: Student, condition: dict[str, Tensor], states: Tensor) -> Tensor:
+        """Unroll all steps with gradient; the end counts fully, the states on the way by half, edges after decoding."""
+        steps = self.config.steps
+        wanted = targets.endpoint(states, steps)
+        x, loss = wanted[0], torch.zeros((), device=states.device)
+        for k in range(steps):
+            t, d = x.new_full((len(x),), k / steps), x.new_full((len(x),), 1 / steps)
+            x = x + student.average_velocity(x, t, d, condition).float() / steps
+            loss = loss + (1.0 if k == steps - 1 else 0.5) * targets.pseudo_huber(x - wanted[k + 1])
+        if self.config.perceptual_weight:
+            few = self.config.perceptual_images
+            image = student.autoencoder.decode(x[:few])
+            with torch.no_grad():
+                reference = student.autoencoder.decode(wanted[-1][:few])
+            perceptual = sum(F.l1_loss(a, b) for a, b in zip(edges(image), edges(reference), strict=True))
+            loss = loss + self.config.perceptual_weight * perceptual
+        return loss
+
+
+def create_student(teacher: Teacher, config: DistillConfig, network: RPFMConfig | None = None) -> Student:
+    """A student with the teacher's weights where the teacher is an RPFM, otherwise a fresh ``network``.
+
+    With ``flowmap`` it gets a step embedding that starts at zero, so it begins as the teacher itself.
+    """
+    if config.method not in METHODS:
+        raise ConfigError(f"unknown method {config.method!r}", expected=f"one of {METHODS}", fix="check the spelling")
+    if config.method == "flowmap" and config.steps not in (1, 2, 4, 8):
+        raise ConfigError(f"{config.steps} steps", expected="1, 2, 4 or 8 for a flow map", fix="choose one of them")
+    if config.method == "endpoint" and config.steps not in (1, 2, 4, 8):
+        raise ConfigError(f"{config.steps} steps", expected="1, 2, 4 or 8 on the stored grid", fix="choose one of them")
+    if isinstance(teacher, RPFMTeacher):
+        base = teacher.network.config
+    elif network is not None:
+        base = network
+    else:
+        raise ConfigError(
+            "a teacher that is no RPFM network", expected="the student's architecture", fix="give a preset: --preset xs"
+        )
+    student = RPFM(replace(base, step_embedding=base.step_embedding or config.method == "flowmap"))
+    if isinstance(teacher, RPFMTeacher):
+        student.load_state_dict(teacher.network.state_dict(), strict=False)
+    assert isinstance(teacher.autoencoder, nn.Module)
+    return Student(student, teacher.autoencoder)
+
+
+def train_student(
+    student: Student, data: EncodedSplit, store: Trajectories, config: DistillConfig, checkpoint: Path
+) -> tuple[Student, History]:
+    """Distill on stored paths and return the EMA student. Resumes from ``checkpoint``."""
+    loss = DistillLoss(student, config)
+    groups = len(store.states) // store.targets_per_source
+
+    def step_loss(model: nn.Module, step: int, rng: np.random.Generator) -> Tensor:
+        device = next(model.parameters()).device
+        chosen = rng.choice(groups, size=min(groups, max(1, config.batch // store.targets_per_source)), replace=False)
+        rows = (chosen[:, None] * store.targets_per_source + np.arange(store.targets_per_source)).ravel()
+        first = rows[:: store.targets_per_source]
+        shape = (len(chosen), store.targets_per_source)
+        batch = data.batch(store.sources[first], store.targets[rows].reshape(shape), store.flips[first], device)
+        return model(batch, store.states[torch.from_numpy(rows)].float().to(device), rng)
+
+    ema, history = fit(loss, step_loss, config.train, checkpoint, config.method)
+    return Student(ema.network, student.autoencoder), history
+
+
+# Artifact ------------------------------------------------------------------------------------------------------------
+
+
+def save_student(
+    student: Student,
+    out: Path,
+    config: DistillConfig,
+    size: tuple[int, int],
+    lineage: tuple[Stage, ...],
+    dtype: torch.dtype = torch.float32,
+    **facts: Any,
+) -> Artifact:
+    """Write the artifact of a student; ``facts`` join its config."""
+    record = {
+        "network": asdict(student.network.config),
+        "autoencoder": autoencoders.describe(student.autoencoder),
+        "size": list(size),
+        "method": config.method,
+        "steps": config.steps,
+        **facts,
+    }
+    with artifact.replacing_folder(out) as folder:
+        save_weights(student.network, folder / "network.safetensors", dtype)
+        save_weights(student.autoencoder, folder / "autoencoder.safetensors", dtype)
+        artifact.seal(folder, "student", record, {}, lineage)
+    return artifact.load(out, "student")
+
+
+def load_student(path: str | Path) -> tuple[Student, Artifact]:
+    """The student of an artifact's path or shipped name, with the artifact."""
+    loaded = artifact.load(assets.resolve(path), "student")
+    network = RPFM(network_config(loaded.config))
+    load_weights(network, loaded.file("network.safetensors"))
+    autoencoder = autoencoders.create(loaded.config["autoencoder"])
+    load_weights(autoencoder, loaded.file("autoencoder.safetensors"))
+    return Student(network, autoencoder).eval().requires_grad_(False), loaded

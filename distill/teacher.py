@@ -1,0 +1,224 @@
+"""The teacher: flow-matching training, the guided velocity, and the artifact that holds it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distill import autoencoder as autoencoders
+from distill.autoencoder import Autoencoder
+from distill.batches import Batch, EncodedSplit
+from distill.rpfm import RPFM, RPFMConfig
+from distill.train import History, TrainConfig, fit
+from distill.weights import load_weights, save_weights
+from rpfm_edge import artifact, assets
+from rpfm_edge.artifact import Artifact, Stage
+from rpfm_edge.data import draw_batch
+from rpfm_edge.errors import ConfigError
+from rpfm_edge.flow import Solver, guidance_scale, interpolate, solve, target_velocity, time_grid
+
+TOOLS = ("torch", "accelerate", "safetensors")
+
+
+class Teacher(Protocol):
+    """The velocity contract: all that distillation and validation need. Any ``package.module:factory`` may give one."""
+
+    autoencoder: Autoencoder
+    latent_shape: tuple[int, int, int]
+    size: tuple[int, int]
+
+    def condition(self, source: Tensor, pose: Tensor) -> Any:
+        """From (S, C, h, w) source latents and (B, 3, H, W) skeletons (B a multiple of S, grouped by source)."""
+
+    def velocity(self, x: Tensor, t: float, condition: Any) -> Tensor:
+        """Guided dx/dt of (B, C, h, w) at time t (0 noise, 1 image)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guidance:
+    """Classifier-free guidance: ``v = v_null + w(t) (v_cond - v_null)``; schedules in ``flow.guidance_scale``."""
+
+    scale: float = 1.5
+    schedule: str = "constant"
+
+
+@dataclass(frozen=True, slots=True)
+class FlowMatchingConfig:
+    """What a teacher is trained with. Times are drawn from a logit-normal distribution: a little towards noise,
+    where the conditions decide the picture."""
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sources: int = 4
+    targets_per_source: int = 8
+    sigma_min: float = 1e-4
+    condition_dropout: float = 0.1
+    time_mean: float = -0.3
+    time_std: float = 1.2
+
+
+class FlowMatchingLoss(nn.Module):
+    """``E || v(x_t, t | x_s, y_p) - (y - (1 - sigma_min) z) ||²`` (arXiv 2505.03562), over one batch."""
+
+    def __init__(self, network: RPFM, autoencoder: nn.Module, config: FlowMatchingConfig) -> None:
+        super().__init__()
+        self.network, self.config = network, config
+        self._autoencoder = [autoencoder]  # in a list: frozen, not a part of the training state
+
+    def forward(self, batch: Batch, rng: np.random.Generator) -> Tensor:
+        config, device = self.config, batch.source.device
+        assert batch.target is not None
+        draw = torch.Generator().manual_seed(int(rng.integers(2**63)))
+        count, sources = len(batch.pose), len(batch.source)
+        t = torch.sigmoid(config.time_mean + config.time_std * torch.randn(count, generator=draw)).to(device)
+        noise = torch.randn(batch.target.shape, generator=draw).to(device)
+        keep = (torch.rand(sources, generator=draw) >= config.condition_dropout).to(device)
+
+        pose = encode_pose(self.network, self._autoencoder[0], batch.pose)
+        pose = pose * keep.repeat_interleave(count // sources)[:, None, None, None]
+        source_kv = self.network.source_kv(batch.source, keep).repeat_interleave(count // sources, dim=2)
+        x_t = interpolate(noise, batch.target, t[:, None, None, None], config.sigma_min)
+        velocity = self.network(x_t, t, pose, source_kv)
+        return F.mse_loss(velocity.float(), target_velocity(noise, batch.target, config.sigma_min))
+
+
+def encode_pose(network: RPFM, autoencoder: nn.Module, pose: Tensor) -> Tensor:
+    """(B, 3, H, W) skeletons → (B, P, h, w), by the network's own encoder or, as in the paper, by the autoencoder."""
+    if network.pose_encoder is not None:
+        return network.pose_encoder(pose)
+    with torch.no_grad():
+        return autoencoder.encode(pose)
+
+
+def train_teacher(
+    network: RPFM, autoencoder: nn.Module, data: EncodedSplit, config: FlowMatchingConfig, checkpoint: Path
+) -> tuple[RPFM, History]:
+    """Train by flow matching and return the EMA network. Resumes from ``checkpoint``."""
+    loss = FlowMatchingLoss(network, autoencoder, config)
+
+    def step_loss(model: nn.Module, step: int, rng: np.random.Generator) -> Tensor:
+        drawn = draw_batch(data.split, config.sources, config.targets_per_source, rng)
+        return model(data.batch(*drawn, device=next(model.parameters()).device), rng)
+
+    ema, history = fit(loss, step_loss, config.train, checkpoint, "teacher")
+    return ema.network, history
+
+
+class RPFMTeacher:
+    """A trained network with its autoencoder and guidance, behind the velocity contract."""
+
+    def __init__(self, network: RPFM, autoencoder: nn.Module, guidance: Guidance, size: tuple[int, int]) -> None:
+        self.network, self.autoencoder, self.guidance = network.eval(), autoencoder.eval(), guidance
+        self.latent_shape, self.size = network.config.latent_shape, size
+        self.digest = ""
+        self.lineage: tuple[Stage, ...] = ()
+
+    def to(self, device: torch.device | str) -> RPFMTeacher:
+        """Move the networks to a device."""
+        self.network.to(device)
+        self.autoencoder.to(device)
+        return self
+
+    @torch.no_grad()
+    def condition(self, source: Tensor, pose: Tensor) -> dict[str, Tensor]:
+        """Pose features and source keys and values, conditional and null, each for B images."""
+        repeats = len(pose) // len(source)
+        features = encode_pose(self.network, self.autoencoder, pose)
+        source_kv = self.network.source_kv(source).repeat_interleave(repeats, dim=2)
+        nothing = torch.zeros(1, dtype=torch.bool, device=source.device)
+        null_kv = self.network.source_kv(source[:1], keep=nothing).expand_as(source_kv)
+        return {"pose": features, "source_kv": source_kv, "null_kv": null_kv}
+
+    @torch.no_grad()
+    def velocity(self, x: Tensor, t: float, condition: dict[str, Tensor]) -> Tensor:
+        """The guided velocity; one network evaluation where the guidance scale is 1, two elsewhere."""
+        scale = guidance_scale(t, self.guidance.scale, self.guidance.schedule)
+        time = x.new_full((len(x),), t)
+        conditional = self.network(x, time, condition["pose"], condition["source_kv"])
+        if scale == 1.0:
+            return conditional
+        null = self.network(x, time, torch.zeros_like(condition["pose"]), condition["null_kv"])
+        return null + scale * (conditional - null)
+
+
+def sample_teacher(teacher: Teacher, noise: Tensor, condition: Any, steps: int, solver: Solver = "euler") -> Tensor:
+    """The latent at t = 1 from (B, C, h, w) noise."""
+    return solve(lambda x, t: teacher.velocity(x, t, condition), noise, time_grid(steps), solver)[-1]
+
+
+# Artifact ------------------------------------------------------------------------------------------------------------
+
+
+def save_teacher(
+    teacher: RPFMTeacher, out: Path, lineage: tuple[Stage, ...], dtype: torch.dtype = torch.float32, **facts: Any
+) -> Artifact:
+    """Write the artifact of a teacher; ``facts`` join its config."""
+    config = {
+        "network": asdict(teacher.network.config),
+        "autoencoder": autoencoders.describe(teacher.autoencoder),
+        "size": list(teacher.size),
+        "guidance": asdict(teacher.guidance),
+        **facts,
+    }
+    with artifact.replacing_folder(out) as folder:
+        save_weights(teacher.network, folder / "network.safetensors", dtype)
+        save_weights(teacher.autoencoder, folder / "autoencoder.safetensors", dtype)
+        artifact.seal(folder, "teacher", config, {}, lineage)
+    return artifact.load(out, "teacher")
+
+
+def load_teacher(spec: str | Path) -> Teacher:
+    """A teacher from an artifact's path, a shipped name (``teacher:xs``) or a factory (``package.module:factory``)."""
+    if is_factory(spec):
+        return call_factory(str(spec))
+    loaded = artifact.load(assets.resolve(spec), "teacher")
+    network = RPFM(network_config(loaded.config))
+    load_weights(network, loaded.file("network.safetensors"))
+    autoencoder = autoencoders.create(loaded.config["autoencoder"])
+    load_weights(autoencoder, loaded.file("autoencoder.safetensors"))
+    guidance, size = Guidance(**loaded.config["guidance"]), tuple(loaded.config["size"])
+    teacher = RPFMTeacher(network.requires_grad_(False), autoencoder.requires_grad_(False), guidance, size)
+    teacher.digest, teacher.lineage = loaded.digest, loaded.lineage
+    return teacher
+
+
+def network_config(config: Any) -> RPFMConfig:
+    """The network's config from a manifest (JSON has lists where we have tuples)."""
+    fields = dict(config["network"])
+    return RPFMConfig(**{**fields, "latent_size": tuple(fields["latent_size"])})
+
+
+def is_factory(spec: str | Path) -> bool:
+    """Whether ``spec`` names a factory rather than a folder or a shipped artifact."""
+    text = str(spec)
+    return text not in assets.shipped() and re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*", text) is not None
+
+
+def call_factory(spec: str) -> Any:
+    """Import ``package.module`` and call its ``factory()``."""
+    module, name = spec.split(":")
+    try:
+        factory: Callable[[], Any] = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"teacher {spec!r} cannot be imported ({error})",
+            expected=f"a shipped name out of {sorted(assets.shipped())}, a folder, or package.module:factory",
+            fix="check the spelling and PYTHONPATH",
+        ) from None
+    teacher = factory()
+    missing = [n for n in ("autoencoder", "latent_shape", "size", "condition", "velocity") if not hasattr(teacher, n)]
+    if missing:
+        raise ConfigError(
+            f"teacher {spec!r} has no {', '.join(missing)}",
+            expected="the velocity contract of distill.teacher.Teacher",
+            fix="add what is missing",
+        )
+    return teacher

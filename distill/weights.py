@@ -1,0 +1,39 @@
+"""Weights as safetensors: written aside and renamed, read strictly."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from rpfm_edge.errors import ArtifactError
+
+
+def save_weights(module: nn.Module, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Save the state of ``module``, floats as ``dtype``."""
+    tensors = {
+        name: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
+        for name, value in module.state_dict().items()
+    }
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, scratch)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Load into ``module`` (any float dtype is cast); raises ``ArtifactError`` if names or shapes differ."""
+    try:
+        module.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ArtifactError(
+            f"{path} does not fit ({str(error).splitlines()[0]})",
+            expected=f"the weights of a {type(module).__name__}",
+            fix="copy or make the artifact again",
+        ) from None

@@ -1,0 +1,182 @@
+"""Calibration samples: real sources, poses and noise, drawn by a seed and kept in one file with their digest.
+
+The frame graph contains its steps, so whoever runs it on these inputs sees the student at its own times and in its own states.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from quantize.execute import Graph
+from rpfm_edge.artifact import Artifact, file_digest
+from rpfm_edge.data import Split
+from rpfm_edge.errors import ArtifactError, ConfigError, InputError
+from rpfm_edge.pose import draw_skeleton
+from rpfm_edge.progress import progress
+from rpfm_edge.signature import Feeds
+
+MINIMUM = 8  # fewer show too little of the range of an activation
+TENSORS = ("source", "source_kv", "index", "pose", "noise")
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Samples:
+    """N samples of S sources.
+
+    Attributes:
+        source: (S, H, W, 3) uint8.
+        source_kv: (S, layers, 2, heads, tokens, head width) float32, of the float prepare graph.
+        index: (N,) int64, the source of each sample.
+        pose: (N, H, W, 3) uint8 skeletons.
+        noise: (N, C, h, w) float32.
+        facts: seed, count, digest of the graph, names of the pictures of sources and poses.
+        sha256: of the file.
+    """
+
+    source: np.ndarray
+    source_kv: np.ndarray
+    index: np.ndarray
+    pose: np.ndarray
+    noise: np.ndarray
+    facts: dict[str, Any]
+    sha256: str
+
+    def feeds(self, graph: str) -> Iterator[Feeds]:
+        """The inputs of graph "prepare" (one per source) or "frame" (one per sample)."""
+        if graph == "prepare":
+            yield from ({"source": source[None]} for source in self.source)
+        else:
+            for pose, noise, source in zip(self.pose, self.noise, self.index, strict=True):
+                yield {"pose": pose[None], "noise": noise[None], "source_kv": self.source_kv[source]}
+
+    def check(self, graph: Artifact) -> None:
+        """Raise ``ArtifactError`` unless the samples were recorded with ``graph``, ``SignatureError`` unless they fit it."""
+        if self.facts["graph"] != graph.digest:
+            raise ArtifactError(
+                f"the calibration samples were recorded with graph {self.facts['graph'][:12]}",
+                expected=f"samples of {graph.path} ({graph.digest[:12]})",
+                fix="record them again with this graph",
+            )
+        for name in ("prepare", "frame"):
+            graph.signatures[name].check(next(iter(self.feeds(name))))
+
+
+def record(graph: Artifact, split: Split, out: Path, count: int = 64, seed: int = 0) -> Path:
+    """Draw calibration samples and write them to ``out`` (safetensors). The same seed gives the same bytes.
+
+    Args:
+        graph: a float graph artifact; its ``prepare`` is run once per source.
+        split: pictures, poses and pairs; training data, because what calibrates must not judge.
+        count: samples, of as many different identities and sources as there are; all pairs if there are fewer.
+
+    Raises:
+        ConfigError: ``count`` below 8.
+        InputError: fewer than 8 pairs, or a blank picture or pose.
+        ArtifactError: the prepare graph gives values that are not finite.
+    """
+    if count < MINIMUM:
+        raise ConfigError(
+            f"{count} calibration samples", expected=f"at least {MINIMUM}", fix="ask for more, such as 64"
+        )
+    rng = np.random.default_rng(seed)
+    pairs = spread_pairs(split, rng)[:count]
+    if len(pairs) < MINIMUM:
+        raise InputError(
+            f"{split.root} has only {len(pairs)} pairs to calibrate with",
+            expected=f"at least {MINIMUM}",
+            fix="use a larger data set",
+        )
+    boundary = graph.signatures["frame"]
+    height, width = boundary.input("pose").shape[1:3]
+    chosen, index = np.unique(pairs[:, 0], return_inverse=True)
+    source = split.images(chosen, (height, width))
+    pose = np.stack([draw_skeleton(split.pose(i, (height, width)), (height, width)) for i in pairs[:, 1]])
+    source_names, pose_names = ([split.names[i] for i in indices] for indices in (chosen, pairs[:, 1]))
+    _require_contents("picture", source, source_names)
+    _require_contents("pose of", pose, pose_names)
+    noise = rng.standard_normal((len(pairs), *boundary.input("noise").shape[1:]), dtype=np.float32)
+    facts = {"seed": seed, "count": len(pairs), "graph": graph.digest, "sources": source_names, "poses": pose_names}
+    arrays = (source, _source_kv(graph, source), index.astype(np.int64), pose, noise)
+    _write(out, dict(zip(TENSORS, arrays, strict=True)), facts)
+    return out
+
+
+def load(path: Path) -> Samples:
+    """Read what ``record`` wrote; ``ArtifactError`` if the file is missing, damaged or something else."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            facts = json.loads(file.metadata()["facts"])
+            arrays = {name: file.get_tensor(name) for name in TENSORS}
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise ArtifactError(
+            f"{path} cannot be read ({str(error) or type(error).__name__})",
+            expected="calibration samples",
+            fix="record them again",
+        ) from None
+    return Samples(**arrays, facts=facts, sha256=file_digest(path))
+
+
+def spread_pairs(split: Split, rng: np.random.Generator) -> np.ndarray:
+    """All pairs (P, 2) in random order, but round after round over the identities, and over each one's sources."""
+    pairs = rng.permutation(split.pairs)
+    pairs = pairs[np.argsort(_occurrence(pairs[:, 0]), kind="stable")]
+    return pairs[np.argsort(_occurrence(split.identities[pairs[:, 0]]), kind="stable")]
+
+
+def _occurrence(values: np.ndarray) -> np.ndarray:
+    """How many equal values stand before each one."""
+    order = np.argsort(values, kind="stable")
+    ordered, place = values[order], np.arange(len(values))
+    begins = np.r_[True, ordered[1:] != ordered[:-1]][: len(values)]
+    counts = np.empty_like(place)
+    counts[order] = place - np.maximum.accumulate(np.where(begins, place, 0))
+    return counts
+
+
+def _require_contents(what: str, images: np.ndarray, names: Sequence[str]) -> None:
+    """Raise ``InputError`` for an image of one colour, or if all of them are the same: nothing can be calibrated on it."""
+    for image, name in zip(images, names, strict=True):
+        if (image == image[0, 0]).all():
+            raise InputError(f"{what} {name} is blank", expected="a person", fix="remove it from the data set")
+    if (images == images[0]).all():
+        raise InputError(f"every {what} {names[0]} … is the same", expected="different ones", fix="use other data")
+
+
+def _source_kv(graph: Artifact, sources: np.ndarray) -> np.ndarray:
+    """(S, …) float32 keys and values; one thread, so that the sums do not depend on the machine's load."""
+    prepare, boundary = Graph(graph.file("prepare.onnx"), threads=1), graph.signatures["prepare"]
+    result = np.empty((len(sources), *boundary.outputs[0].shape), np.float32)
+    with progress("preparing sources", len(sources)) as advance:
+        for done, source in enumerate(sources):
+            feeds = {"source": source[None]}
+            boundary.check(feeds)
+            result[done] = prepare(feeds)
+            advance(done + 1, "")
+    if not np.isfinite(result).all():
+        raise ArtifactError(
+            f"{graph.path} turns sources into values that are not finite",
+            expected="a sound student",
+            fix="distill again",
+        )
+    return result
+
+
+def _write(out: Path, arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
+    """Write aside, then rename."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        scratch.write_bytes(save(contiguous, {"facts": json.dumps(facts, sort_keys=True)}))
+        scratch.replace(out)
+    finally:
+        scratch.unlink(missing_ok=True)

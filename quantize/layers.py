@@ -1,0 +1,116 @@
+"""Which layers of an exported graph are quantized: decided by where they stand in it, never by the exporter's names.
+
+A *product* is a Conv, Gemm or MatMul; a *layer* is a product with weights. Two products are neighbours if nothing but cheap
+operations lies between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import onnx
+
+from rpfm_edge.errors import ArtifactError
+
+PRODUCTS = ("Conv", "Gemm", "MatMul")
+IMAGE = onnx.TensorProto.UINT8
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Names of nodes: the layers to quantize, and the products that stay float."""
+
+    quantized: tuple[str, ...]
+    kept: tuple[str, ...]
+
+
+def plan(model: onnx.ModelProto) -> Plan:
+    """Divide the products of ``model``, a "prepare" or "frame" graph.
+
+    These stay float, because an error there is not averaged out by what follows, or costs little to avoid:
+
+    - attention: the products without weights;
+    - the first layers, reached by an input of the graph: convolutions of pictures, patch embeddings of every step (OpenVINO
+      2026.4 is off by 29 % where the concatenation of noise and pose and the embedding behind it are both quantized), and the
+      decoder's first ones, which the noise reaches by the sum over the steps;
+    - what is added to or joined with the noise: the head of every step and the last layer of the pose encoder;
+    - the embedding of the source's patches: the first linear layer of all;
+    - the last layers, which write the picture.
+
+    Raises:
+        ArtifactError: a rule that matches nothing, nothing left to quantize, or a layer that no input reaches: the embedding
+            of time and the modulations that follow from it must have been folded into constants.
+    """
+    weights = constants(model)
+    products = {node.name: node for node in model.graph.node if node.op_type in PRODUCTS}
+    layers = {name for name, node in products.items() if any(tensor in weights for tensor in node.input)}
+    before = neighbours(model)
+    if unfolded := sorted(name for name in layers if not before[name]):
+        raise ArtifactError(
+            f"layer {unfolded[0]} depends on no input",
+            expected="time embedding and modulations folded into constants",
+            fix="export the student again",
+        )
+    inputs = {tensor.name for tensor in model.graph.input}
+    first = {name for name in layers if before[name] & inputs}
+    joined = {other for name in first for other in before[name]} & layers
+    last = {
+        other
+        for output in model.graph.output
+        if output.type.tensor_type.elem_type == IMAGE
+        for other in before[output.name]
+    }
+    stem = _stem(model, layers)
+    kept = (set(products) - layers) | first | joined | (last & layers) | stem
+    for rule, found in {"attention": set(products) - layers, "first layers": first, "first linear layer": stem}.items():
+        _require(found, rule, model)
+    if any(output.type.tensor_type.elem_type == IMAGE for output in model.graph.output):
+        _require(last & layers, "last layers", model)
+        _require(joined, "layers joined with the noise", model)
+    quantized = [name for name in products if name not in kept]
+    _require(quantized, "layers to quantize", model)
+    return Plan(tuple(quantized), tuple(name for name in products if name in kept))
+
+
+def constants(model: onnx.ModelProto) -> set[str]:
+    """Names of the tensors that do not depend on an input."""
+    return {tensor.name for tensor in model.graph.initializer} | {
+        output for node in model.graph.node if node.op_type == "Constant" for output in node.output
+    }
+
+
+def neighbours(model: onnx.ModelProto) -> dict[str, set[str]]:
+    """For every product (by name) and output: the products and graph inputs that reach it past cheap operations alone."""
+    reach: dict[str, set[str]] = {tensor.name: {tensor.name} for tensor in model.graph.input}
+    before: dict[str, set[str]] = {}
+    for node in model.graph.node:  # ONNX keeps nodes in topological order
+        found: set[str] = set().union(*(reach.get(tensor, set()) for tensor in node.input))
+        if node.op_type in PRODUCTS:
+            before[node.name] = found
+            found = {node.name}
+        reach |= dict.fromkeys(node.output, found)
+    return before | {tensor.name: reach[tensor.name] for tensor in model.graph.output}
+
+
+def _stem(model: onnx.ModelProto, layers: set[str]) -> set[str]:
+    """The linear layers that no other matrix product precedes."""
+    behind: set[str] = set()
+    found: set[str] = set()
+    for node in model.graph.node:
+        linear, preceded = node.op_type in ("Gemm", "MatMul"), bool(behind & set(node.input))
+        if linear and not preceded and node.name in layers:
+            found.add(node.name)
+        if linear or preceded:
+            behind |= set(node.output)
+    return found
+
+
+def _require(found: Iterable[str], rule: str, model: onnx.ModelProto) -> None:
+    if not set(found):
+        outputs = [tensor.name for tensor in model.graph.output]
+        raise ArtifactError(
+            f"the graph that makes {outputs} has no {rule}",
+            expected="a prepare or frame graph of a student",
+            fix="export the student again",
+        )

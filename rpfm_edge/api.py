@@ -1,0 +1,203 @@
+"""Every command as a Python function of the same name and arguments; the command line only prints what these return."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from rpfm_edge import artifact, assets
+from rpfm_edge import doctor as _doctor
+from rpfm_edge.artifact import Artifact
+from rpfm_edge.bench import bench_backend
+from rpfm_edge.bundle import add_evidence, read_evidence
+from rpfm_edge.bundle import build as _build
+from rpfm_edge.errors import BackendError, ConfigError
+from rpfm_edge.image import save_png
+from rpfm_edge.metrics import Budget
+from rpfm_edge.pipeline import Pipeline
+from rpfm_edge.pose import read_pose
+from rpfm_edge.recipe import PRECISIONS, parse, read_toml
+from rpfm_edge.splits import open_splits
+from rpfm_edge.validate import validate as _validate
+
+
+def doctor() -> dict[str, Any]:
+    """What is installed, which backends work, what to do about those that do not."""
+    return _doctor.diagnose()
+
+
+def train(config: str | Path, data: str | Path, out: str | Path, **changes: Any) -> Artifact:
+    """Train an RPFM teacher.
+
+    Args:
+        config: a preset (xs, s, b, l), or a TOML file with the fields of ``distill.commands.TrainRecipe``.
+        data: the root of a data set in one of DeepFashion's layouts, or ``sample``.
+        changes: fields that override the config's; None is no change.
+    """
+    commands = _distill_commands()
+    text = str(config)
+    recipe = parse(commands.TrainRecipe, read_toml(Path(config)) if text.endswith(".toml") else {"preset": text}, text)
+    recipe = replace(recipe, **_given(changes))
+    made: Artifact = commands.train(recipe, open_splits(data).training, Path(out))
+    return made
+
+
+def distill(teacher: str | Path, data: str | Path, out: str | Path, **changes: Any) -> Artifact:
+    """Distill a teacher to few steps.
+
+    Args:
+        teacher: a path, a shipped name (``teacher:xs``) or ``package.module:factory``.
+        changes: fields of ``distill.commands.DistillRecipe`` (method, steps, seconds, …); None is no change.
+    """
+    commands = _distill_commands()
+    recipe = parse(commands.DistillRecipe, _given(changes), "distill")
+    made: Artifact = commands.distill(recipe, str(teacher), open_splits(data).training, Path(out))
+    return made
+
+
+def quantize(
+    student: str | Path,
+    data: str | Path,
+    out: str | Path,
+    precision: str = "int8",
+    steps: int | None = None,
+    samples: int = 64,
+    seed: int = 0,
+) -> Artifact:
+    """Export a student (or take a float graph) and write the graph in ``precision``: fp32, fp16 or int8.
+
+    ``samples`` calibration samples are drawn from the training identities of ``data`` (int8 only).
+    """
+    if precision not in PRECISIONS:
+        raise ConfigError(f"unknown precision {precision!r}", expected=f"one of {PRECISIONS}", fix="check the spelling")
+    source, out = assets.resolve(student), Path(out)
+    kind = artifact.load(source, "student", "graph").kind
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+        graph = source
+        if kind == "student":
+            from distill.export import export
+
+            graph = Path(scratch) / "graph"
+            export(source, graph, steps)
+        if precision == "fp32" and kind == "student":
+            shutil.rmtree(out, ignore_errors=True)
+            graph.rename(out)
+            return artifact.load(out, "graph")
+        return _quantize_graph(graph, data, out, precision, samples, seed, Path(scratch))
+
+
+def _quantize_graph(
+    graph: Path, data: str | Path, out: Path, precision: str, samples: int, seed: int, scratch: Path
+) -> Artifact:
+    _require("nncf", "quantize")
+    from quantize import apply, calibrate
+
+    loaded, recorded = artifact.load(graph, "graph"), None
+    if precision == "int8":
+        recorded = scratch / "calibration.safetensors"
+        calibrate.record(loaded, open_splits(data).training, recorded, count=samples, seed=seed)
+    return apply.quantize(loaded, precision, out, recorded)
+
+
+def build(
+    graph: str | Path,
+    out: str | Path,
+    target: str | Sequence[str],
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Artifact:
+    """Compile a graph for one or more backends into a bundle; ``options`` are per backend."""
+    return _build(graph, [target] if isinstance(target, str) else list(target), Path(out), options)
+
+
+def validate(
+    bundle: str | Path,
+    against: str | Path,
+    data: str | Path,
+    budget: str | Path | None = None,
+    backend: str | None = None,
+    pairs: int = 32,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Drift of a bundle against its teacher and the ground truth on held-out pairs; ``violations`` lists what is
+    over budget."""
+    _require("torch", "distill")
+    _require("skimage", "validate")
+    loaded = artifact.load(assets.resolve(bundle), "bundle")
+    backends = [backend] if backend else list(loaded.config["backends"])
+    limits = Budget.load(Path(budget)) if budget else Budget()
+    return _validate(loaded, against, open_splits(data).test, backends, pairs, limits, seed)
+
+
+def bench(bundle: str | Path, backend: str | None = None, runs: int = 50, seconds: float = 3.0) -> dict[str, Any]:
+    """Times of prepare and frame on each backend of the bundle (or one), with the packaged sample as input."""
+    loaded = artifact.load(assets.resolve(bundle), "bundle")
+    test = open_splits("sample").test
+    source, target = (int(i) for i in test.pairs[0])
+    size = tuple(loaded.config["size"])
+    pose = test.pose(target, size)
+    backends = [backend] if backend else list(loaded.config["backends"])
+    results = [bench_backend(loaded, name, test.image(source, size), pose, runs, seconds) for name in backends]
+    evidence = {"backends": results}
+    if backend is None:
+        add_evidence(loaded, "speed", evidence)
+    return evidence
+
+
+def render(
+    bundle: str | Path, source: str | Path, pose: str | Path, out: str | Path, backend: str | None = None
+) -> Path:
+    """Render the person of an image file in the pose of a JSON file, as PNG."""
+    with Pipeline.open(bundle, backend) as pipe:
+        image = pipe.render(pipe.prepare(source), read_pose(pose, pipe.size))
+    save_png(Path(out), image)
+    return Path(out)
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """Kind, config, signatures, lineage and evidence of an artifact; verifies the sha256 of every file."""
+    loaded = artifact.load(assets.resolve(path))
+    return {
+        "path": str(loaded.path),
+        "kind": loaded.kind,
+        "digest": loaded.digest,
+        "config": {k: v for k, v in loaded.config.items() if k != "losses"},
+        "signatures": {name: s.to_json() for name, s in loaded.signatures.items()},
+        "files": {
+            name: {"sha256": sha, "bytes": (loaded.path / name).stat().st_size} for name, sha in loaded.files.items()
+        },
+        "lineage": [{f.name: getattr(stage, f.name) for f in fields(stage)} for stage in loaded.lineage],
+        "evidence": read_evidence(loaded),
+    }
+
+
+def run(recipe: str | Path) -> dict[str, Any]:
+    """Run a recipe from teacher to report; stages whose inputs and config did not change are not run again."""
+    from rpfm_edge.run import run_recipe
+
+    return run_recipe(Path(recipe))
+
+
+def _given(changes: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in changes.items() if value is not None}
+
+
+def _distill_commands() -> Any:
+    _require("torch", "distill")
+    _require("accelerate", "distill")
+    from distill import commands
+
+    return commands
+
+
+def _require(module: str, extra: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec(module) is None:
+        raise BackendError(
+            f"{module} is not installed", expected=f"the extra {extra}", fix=f"run: pip install 'rpfm-edge[{extra}]'"
+        )

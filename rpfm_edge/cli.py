@@ -1,0 +1,259 @@
+"""The command line: parses, calls ``rpfm_edge.api`` and prints. Exit codes: 0 good, 1 over the drift budget, 2 an
+error."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from rpfm_edge import api
+from rpfm_edge.errors import RpfmError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Distill, quantize and deploy RPFM.",
+)
+console = Console()
+
+Data = Annotated[str, typer.Option(help="Root of a data set in one of DeepFashion's layouts, or 'sample'.")]
+Out = Annotated[Path, typer.Option(help="Where to write the result.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")]
+Seed = Annotated[int, typer.Option(help="Seed of every draw.")]
+Backend = Annotated[Optional[str], typer.Option(help="openvino, onnxruntime or torch; default: those of the bundle.")]  # noqa: UP045
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Say what is installed, which backends work, and what to do about those that do not."""
+    from rpfm_edge import doctor as module
+
+    diagnosis = api.doctor()
+    _finish(diagnosis, json) if json else module.render(diagnosis)
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="A preset (xs, s, b, l) or a TOML file.")],
+    data: Data,
+    out: Out,
+    seconds: Annotated[Optional[float], typer.Option(help="Training time of the flow network.")] = None,  # noqa: UP045
+    autoencoder_seconds: Annotated[Optional[float], typer.Option(help="Training time of the autoencoder.")] = None,  # noqa: UP045
+    autoencoder: Annotated[
+        str | None, typer.Option(help="'small', or the folder of a diffusers AutoencoderKL.")
+    ] = None,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Train an RPFM teacher."""
+    changes = {"seconds": seconds, "autoencoder_seconds": autoencoder_seconds, "autoencoder": autoencoder, "seed": seed}
+    _made(api.train(config, data, out, **changes), json)
+
+
+@app.command()
+def distill(
+    teacher: Annotated[str, typer.Argument(help="A path, a shipped name (teacher:xs) or package.module:factory.")],
+    data: Data,
+    out: Out,
+    method: Annotated[str, typer.Option(help="reflow, flowmap or endpoint.")] = "flowmap",
+    steps: Annotated[int, typer.Option(help="Steps the student is meant for.")] = 4,
+    seconds: Annotated[Optional[float], typer.Option(help="Training time.")] = None,  # noqa: UP045
+    trajectories: Annotated[Optional[int], typer.Option(help="Teacher paths to solve first.")] = None,  # noqa: UP045
+    store_seconds: Annotated[Optional[float], typer.Option(help="Stop solving paths after this time.")] = None,  # noqa: UP045
+    preset: Annotated[Optional[str], typer.Option(help="Student's architecture if the teacher is no RPFM.")] = None,  # noqa: UP045
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Distill a teacher to few steps, guidance folded in."""
+    changes = {
+        "method": method,
+        "steps": steps,
+        "seconds": seconds,
+        "trajectories": trajectories,
+        "store_seconds": store_seconds,
+        "preset": preset,
+        "seed": seed,
+    }
+    _made(api.distill(teacher, data, out, **changes), json)
+
+
+@app.command()
+def quantize(
+    student: Annotated[str, typer.Argument(help="A student (path or student:xs) or a float graph.")],
+    data: Data,
+    out: Out,
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "int8",
+    steps: Annotated[Optional[int], typer.Option(help="Steps to unroll; default: the student's.")] = None,  # noqa: UP045
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 64,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Export a student to ONNX and quantize it."""
+    _made(api.quantize(student, data, out, precision, steps, samples, seed), json)
+
+
+@app.command()
+def build(
+    graph: Annotated[str, typer.Argument(help="A graph artifact, or a bundle to add a backend to.")],
+    target: Annotated[list[str], typer.Option(help="openvino, onnxruntime or torch; may be given several times.")],
+    out: Out,
+    json: Json = False,
+) -> None:
+    """Compile a graph for one or more backends into a bundle."""
+    _made(api.build(graph, out, target), json)
+
+
+@app.command()
+def validate(
+    bundle: Annotated[str, typer.Argument(help="The bundle to judge.")],
+    against: Annotated[str, typer.Option(help="The teacher.")],
+    data: Data,
+    budget: Annotated[Optional[Path], typer.Option(help="TOML file with a table [drift].")] = None,  # noqa: UP045
+    backend: Backend = None,
+    pairs: Annotated[int, typer.Option(help="Held-out pairs.")] = 32,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Measure drift against the teacher and the ground truth; exit 1 when over the budget."""
+    evidence = api.validate(bundle, against, data, budget, backend, pairs, seed)
+    _drift_table(evidence)
+    for violation in evidence["violations"]:
+        console.print(f"[red]over budget[/red] {violation}")
+    if json:
+        _finish(evidence, json)
+    raise typer.Exit(1 if evidence["violations"] else 0)
+
+
+@app.command()
+def bench(
+    bundle: Annotated[str, typer.Argument(help="The bundle to time.")],
+    backend: Backend = None,
+    runs: Annotated[int, typer.Option(help="At least so many frames.")] = 50,
+    seconds: Annotated[float, typer.Option(help="For at least so long.")] = 3.0,
+    json: Json = False,
+) -> None:
+    """Time prepare and frame on each backend."""
+    evidence = api.bench(bundle, backend, runs, seconds)
+    table = Table("backend", "precision", "steps", "call", "p50 ms", "p95 ms", "p99 ms", "per second", "runs")
+    for result in evidence["backends"]:
+        for call in ("prepare", "frame"):
+            times = result[call]
+            cells = [f"{1e3 * times[p]:.2f}" for p in ("p50_s", "p95_s", "p99_s")]
+            row = (result["backend"], result["precision"], str(result["steps"]), call, *cells, f"{times['fps']:.1f}")
+            table.add_row(*row, str(times["runs"]))
+    console.print(table)
+    if json:
+        _finish(evidence, json)
+
+
+@app.command()
+def render(
+    bundle: Annotated[str, typer.Argument(help="The bundle to run.")],
+    source: Annotated[Path, typer.Option(help="Picture of the person.")],
+    pose: Annotated[Path, typer.Option(help="Pose as JSON: OpenPose, COCO, MediaPipe or plain keypoints.")],
+    out: Annotated[Path, typer.Option(help="PNG to write.")],
+    backend: Backend = None,
+    json: Json = False,
+) -> None:
+    """Render a person in a pose."""
+    path = api.render(bundle, source, pose, out, backend)
+    _finish({"image": str(path)}, json) if json else console.print(f"wrote {path}")
+
+
+@app.command()
+def inspect(artifact: Annotated[str, typer.Argument(help="A path or a shipped name.")], json: Json = False) -> None:
+    """Show what an artifact is and how it came to be; verifies every file."""
+    record = api.inspect(artifact)
+    if json:
+        _finish(record, json)
+        return
+    console.print(
+        f"[bold]{record['kind']}[/bold] {record['path']}  digest {record['digest'][:12]}, every sha256 is right"
+    )
+    for name, signature in record["signatures"].items():
+        for side in ("inputs", "outputs"):
+            for spec in signature[side]:
+                console.print(f"  {name} {side[:-1]} {spec['name']}: {spec['dtype']}{spec['shape']}", markup=False)
+    for stage in record["lineage"]:
+        tools = ", ".join(f"{name} {version}" for name, version in stage["tools"].items())
+        console.print(f"  ← {stage['stage']}  ({tools})", markup=False)
+    for name, file in record["files"].items():
+        console.print(f"  {file['bytes']:>12,} bytes  {name}", markup=False)
+    if record["evidence"]:
+        console.print(f"  evidence: {', '.join(record['evidence'])} (--json shows it)")
+
+
+@app.command()
+def run(recipe: Annotated[Path, typer.Argument(help="A TOML recipe.")], json: Json = False) -> None:
+    """Run a recipe from teacher to report; what did not change is not run again."""
+    result = api.run(recipe)
+    console.print(f"report  {result['report']}\npicture {result['picture']}", soft_wrap=True)
+    if json:
+        _finish(result, json)
+    raise typer.Exit(1 if result["violations"] else 0)
+
+
+def _drift_table(evidence: Mapping[str, Any]) -> None:
+    table = Table(
+        "stage",
+        "PSNR dB",
+        "SSIM",
+        "FLIP",
+        "truth PSNR dB",
+        "truth SSIM",
+        "truth FLIP",
+        title="medians: against the teacher, then the truth",
+    )
+    for stage in evidence["stages"]:
+        cells = [
+            _median(stage.get(side, {}).get(metric))
+            for side in ("against_teacher", "against_truth")
+            for metric in ("psnr_db", "ssim", "flip")
+        ]
+        table.add_row(stage["stage"], *cells)
+    console.print(table)
+
+
+def _median(statistics: Mapping[str, float] | None) -> str:
+    return f"{statistics['median']:.3g}" if statistics else "–"
+
+
+def _made(artifact: Any, as_json: bool) -> None:
+    record = {"path": str(artifact.path), "kind": artifact.kind, "digest": artifact.digest}
+    _finish(record, as_json) if as_json else console.print(f"wrote {artifact.kind} {artifact.path}", soft_wrap=True)
+
+
+def _finish(record: Mapping[str, Any], as_json: bool) -> None:
+    assert as_json
+    print(json.dumps(record, default=str), flush=True)
+
+
+def main() -> None:
+    """Entry point: user faults end in one sentence and exit code 2."""
+    try:
+        app()
+    except RpfmError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted; finished stages are kept.")
+    except OSError as error:
+        fix = "free some space" if error.errno == errno.ENOSPC else "check the path and its permissions"
+        _fail(f"{error.filename or 'the disk'}: {error.strerror or error}; {fix}.")
+
+
+def _fail(message: str) -> None:
+    Console(stderr=True).print(f"rpfm-edge: {message}", soft_wrap=True, markup=False, highlight=False)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""What this machine and this installation can run, and what to do about the rest."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+DISTRIBUTION = "rpfm-edge"
+SIBLINGS = ("distill", "quantize", "runtimes")  # generic names, which another distribution may have too
+CPU_FLAGS = (  # instructions that decide the speed of INT8, BF16 and FP16
+    *("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16"),
+    *("asimddp", "asimdhp", "i8mm", "bf16", "sve"),
+)
+LIBRARIES = (
+    *("numpy", "opencv-python-headless", "rich", "safetensors", "typer"),
+    *("openvino", "onnxruntime", "torch", "onnx", "onnxscript", "onnxsim", "nncf", "diffusers", "accelerate"),
+    *("scikit-image", "matplotlib", "jinja2", "psutil", "lmdb"),
+)
+
+
+def diagnose() -> dict[str, Any]:
+    """A JSON-able description of the machine and the installation.
+
+    Keys: ``rpfm_edge``, ``python``, ``platform``, ``cpu`` (model, cores, cores_usable, flags), ``memory_bytes``,
+    ``backends`` (name → null if usable, or why not and the fix), ``openvino_devices``, ``versions``, ``intruders``
+    (sibling package → where it was found instead, by whom), ``extras`` (extra → what is missing and the fix).
+    """
+    backends = _backends()
+    return {
+        "rpfm_edge": _version(DISTRIBUTION),
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "memory_bytes": _memory_bytes(),
+        "backends": backends,
+        "openvino_devices": import_module("runtimes.ov").devices() if backends.get("openvino", "") is None else {},
+        "versions": {name: found for name in LIBRARIES if (found := _version(name))},
+        "intruders": dict(intruders(Path(__file__).parent.parent)),
+        "extras": missing_extras(),
+    }
+
+
+def render(diagnosis: dict[str, Any]) -> None:
+    """Print what ``diagnose`` returned as a table."""
+    table = Table("what", "found", title="rpfm-edge doctor", title_justify="left")
+    for what, found, good in _rows(diagnosis):
+        table.add_row(Text(what), Text(found, style="" if good is None else "green" if good else "red"))
+    Console().print(table)
+
+
+def cpu_flags(cpuinfo: str) -> list[str]:
+    """Those of ``CPU_FLAGS`` that the text of ``/proc/cpuinfo`` lists (x86: ``flags``, ARM: ``Features``)."""
+    lines = re.findall(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)
+    found = {flag for line in lines for flag in line.split()}
+    return [flag for flag in CPU_FLAGS if flag in found]
+
+
+def intruders(root: Path) -> Iterator[tuple[str, str]]:
+    """Every sibling package that Python does not import from ``root``, and what stands in its place."""
+    for name in SIBLINGS:
+        spec = find_spec(name)
+        found = [Path(folder).resolve() for folder in (spec.submodule_search_locations or [])] if spec else []
+        if root.resolve() / name in found:
+            continue
+        if not spec:
+            yield name, "not found: install rpfm-edge again"
+            continue
+        owners = [owner for owner in metadata.packages_distributions().get(name, []) if owner != DISTRIBUTION]
+        place = found[0] if found else spec.origin
+        yield (
+            name,
+            f"{place} ({', '.join(owners) or 'no distribution'}): uninstall or move it, or use an environment apart",
+        )
+
+
+def missing_extras() -> dict[str, dict[str, Any]]:
+    """Extra → ``missing`` (distributions) and ``fix``, of the incomplete ones; {} where rpfm-edge is not installed."""
+    try:
+        requirements = metadata.requires(DISTRIBUTION) or []
+    except metadata.PackageNotFoundError:
+        return {}
+    missing: dict[str, list[str]] = {}
+    for requirement in requirements:
+        extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)['\"]", requirement)
+        wanted = re.match(r"[\w.-]+", requirement)
+        if extra and wanted and not _installed(wanted.group()):
+            missing.setdefault(extra.group(1), []).append(wanted.group())
+    return {extra: {"missing": names, "fix": _install(extra)} for extra, names in missing.items()}
+
+
+def _rows(diagnosis: dict[str, Any]) -> Iterator[tuple[str, str, bool | None]]:
+    """What, found, and whether that is good (None: neither)."""
+    cpu, memory = diagnosis["cpu"], diagnosis["memory_bytes"]
+    yield "rpfm-edge", diagnosis["rpfm_edge"] or "not installed as a distribution", None
+    yield "Python", diagnosis["python"], None
+    yield "platform", diagnosis["platform"], None
+    yield "CPU", f"{cpu['model'] or 'unknown'}, {cpu['cores_usable']} of {cpu['cores']} cores usable", None
+    yield "CPU instructions", " ".join(cpu["flags"]) or "unknown", None
+    yield "memory", f"{memory / 2**30:.1f} GiB" if memory else "unknown", None
+    for name, reason in diagnosis["backends"].items():
+        yield f"backend {name}", reason or "usable", reason is None
+    for device, name in diagnosis["openvino_devices"].items():
+        yield f"OpenVINO device {device}", name, None
+    for name, place in diagnosis["intruders"].items():
+        yield f"package {name}", place, False
+    for extra, found in diagnosis["extras"].items():
+        yield f"extra {extra}", f"without {', '.join(found['missing'])}; {found['fix']}", None
+    yield "libraries", ", ".join(f"{name} {version}" for name, version in diagnosis["versions"].items()), None
+
+
+def _backends() -> dict[str, str | None]:
+    """Backend → None or why it is not usable; empty if another distribution stands in place of our ``runtimes``."""
+    try:
+        found: dict[str, str | None] = import_module("runtimes").available()
+    except (ImportError, AttributeError):
+        return {}
+    return found
+
+
+def _cpu() -> dict[str, Any]:
+    cpuinfo = _read(Path("/proc/cpuinfo"))
+    model = re.search(r"^model name\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
+    board = _read(Path("/proc/device-tree/model")).strip("\0")  # ARM boards name themselves here
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return {
+        "model": model.group(1) if model else board or platform.processor(),
+        "cores": os.cpu_count(),
+        "cores_usable": len(affinity(0)) if affinity else os.cpu_count(),
+        "flags": cpu_flags(cpuinfo),
+    }
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _installed(distribution: str) -> bool:
+    """By its name, or by that of its package: onnxruntime-gpu gives onnxruntime too."""
+    return bool(_version(distribution)) or find_spec(re.sub(r"[-.]", "_", distribution)) is not None
+
+
+def _install(extra: str) -> str:
+    return f"pip install '{DISTRIBUTION}[{extra}]'"

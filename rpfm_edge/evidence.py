@@ -1,0 +1,249 @@
+"""What a recipe measures, and the page that shows it: drift per stage, speed per backend, pictures, losses, lineage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rpfm_edge import api, artifact, assets, measure, metrics
+from rpfm_edge.bench import bench_backend
+from rpfm_edge.bundle import add_evidence
+from rpfm_edge.image import save_png
+from rpfm_edge.metrics import Budget
+from rpfm_edge.pipeline import Pipeline
+from rpfm_edge.pose import draw_skeleton
+from rpfm_edge.recipe import Recipe
+from rpfm_edge.report import Evidence, write_report
+from rpfm_edge.splits import open_splits
+from rpfm_edge.validate import Pairs, bundle_images, draw_pairs, drift, plural
+
+STEPS = (1, 2, 4, 8)
+
+
+def held_out_pairs(recipe: Recipe, config: Mapping[str, Any]) -> Pairs:
+    """The pairs that every figure of a recipe is measured on."""
+    test = open_splits(recipe.data).test
+    return draw_pairs(test, recipe.validate.pairs, tuple(config["size"]), config["latent_shape"], recipe.seed)
+
+
+def compare_steps(recipe: Recipe, teacher: str | Path, student: Path, out: Path) -> None:
+    """What distillation gained: teacher and student with 1, 2, 4 and 8 steps, both against the teacher's reference."""
+    from distill.reference import REFERENCE_SOLVER, REFERENCE_STEPS, student_images, teacher_images
+
+    config = artifact.load(student, "student").config
+    network = config["network"]
+    pairs = held_out_pairs(
+        recipe, {"size": config["size"], "latent_shape": [network["latent_channels"], *network["latent_size"]]}
+    )
+    reference = (REFERENCE_STEPS, REFERENCE_SOLVER)
+    inputs = (pairs.sources, pairs.skeletons, pairs.noise)
+    slow = teacher_images(teacher, *inputs, [reference, *((n, "euler") for n in STEPS)])
+    fast = student_images(student, *inputs, STEPS)
+    rows = [
+        {
+            "steps": n,
+            "teacher": metrics.compare(slow[n, "euler"], slow[reference]),
+            "student": metrics.compare(fast[n], slow[reference]),
+        }
+        for n in STEPS
+    ]
+    artifact.write_text(out, json.dumps({"steps": rows, "pairs": pairs.names, "seed": recipe.seed}, indent=1))
+
+
+def judge(recipe: Recipe, teacher: str | Path, student: str, bundles: Mapping[str, Path], out: Path) -> None:
+    """Drift and speed of every bundle, the pictures of the first pairs, and the verdict on the recipe's own bundle."""
+    from distill.reference import REFERENCE_SOLVER, REFERENCE_STEPS, student_images, teacher_images
+
+    own = artifact.load(bundles[recipe.quantize.precision], "bundle")
+    steps = int(own.config["steps"])
+    pairs = held_out_pairs(recipe, own.config)
+    inputs = (pairs.sources, pairs.skeletons, pairs.noise)
+    reference, few = (REFERENCE_STEPS, REFERENCE_SOLVER), (steps, "euler")
+    slow = teacher_images(teacher, *inputs, {reference, few})
+    made = {f"student, {plural(steps)}": student_images(student, *inputs, [steps])[steps]}
+    for precision, bundle in bundles.items():
+        for backend in recipe.build.targets:
+            made[f"{precision}, {backend}"] = bundle_images(bundle, backend, pairs)
+
+    stages: list[dict[str, Any]] = [
+        {"stage": "teacher, reference", "against_truth": metrics.compare(slow[reference], pairs.truths)},
+        {"stage": f"teacher, {plural(steps)}", **drift(slow[few], slow[reference], pairs.truths)},
+        *({"stage": name, **drift(images, slow[reference], pairs.truths)} for name, images in made.items()),
+    ]
+    judged = f"{recipe.quantize.precision}, {recipe.build.targets[0]}"
+    summary = next(stage for stage in stages if stage["stage"] == judged)["against_teacher"]
+    violations = Budget.from_dict(recipe.validate.budget, "the recipe").check(summary)
+    speed = [
+        bench_backend(
+            artifact.load(bundle, "bundle"),
+            backend,
+            pairs.sources[0],
+            first_pose(recipe, own.config),
+            recipe.bench.runs,
+            recipe.bench.seconds,
+        )
+        for bundle in bundles.values()
+        for backend in recipe.build.targets
+    ]
+    columns = {
+        "source": pairs.sources,
+        "pose": pairs.skeletons,
+        "ground truth": pairs.truths,
+        "teacher": slow[reference],
+    }
+    columns |= {f"student, {plural(steps)}": made[f"student, {plural(steps)}"], judged: made[judged]}
+    evidence = {
+        "stages": stages,
+        "speed": speed,
+        "violations": violations,
+        "judged": judged,
+        "pairs": pairs.names,
+        "missing": metrics.missing_metrics(),
+        "machine": measure.where(),
+        "pictures": save_pictures(out.parent / "pictures", columns, recipe.validate.pictures),
+        "reference": {"steps": REFERENCE_STEPS, "solver": REFERENCE_SOLVER},
+    }
+    artifact.write_text(out, json.dumps(evidence, indent=1))
+    add_evidence(
+        own, "drift", {k: evidence[k] for k in ("stages", "violations", "pairs", "machine", "reference", "missing")}
+    )
+    add_evidence(own, "speed", {"backends": [s for s in speed if s["precision"] == own.config["precision"]]})
+
+
+def first_pose(recipe: Recipe, config: Mapping[str, Any]) -> np.ndarray:
+    """A pose to time with: the target of the test split's first pair."""
+    test = open_splits(recipe.data).test
+    return test.pose(int(test.pairs[0][1]), tuple(config["size"]))
+
+
+def save_pictures(folder: Path, columns: Mapping[str, np.ndarray], count: int) -> list[dict[str, str]]:
+    """Save the first ``count`` images of each column; returns a row of title → file (relative to ``folder``'s
+    parent) each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index in range(min(count, len(next(iter(columns.values()))))):
+        row = {}
+        for number, (title, images) in enumerate(columns.items()):
+            file = folder / f"{index:02d}-{number}.png"
+            save_png(file, images[index])
+            row[title] = f"{folder.name}/{file.name}"
+        rows.append(row)
+    return rows
+
+
+def render_picture(recipe: Recipe, bundle: Path, out: Path) -> None:
+    """Render the recipe's source and pose, or a held-out pair of its data."""
+    if recipe.render.source and recipe.render.pose:
+        api.render(bundle, recipe.render.source, recipe.render.pose, out)
+        return
+    test = open_splits(recipe.data).test
+    source, target = (int(i) for i in test.pairs[0])
+    with Pipeline.open(bundle) as pipe:
+        person = pipe.prepare(test.image(source, pipe.size))
+        save_png(out, pipe.render_skeleton(person, draw_skeleton(test.pose(target, pipe.size), pipe.size)))
+
+
+def write_page(
+    recipe: Recipe, path: Path, teacher: str | Path, student: str, distilled: Path | None, out: Path
+) -> None:
+    """``report.html`` and, with the same content, ``report.json``."""
+    found = json.loads((out.parent / "evidence.json").read_text(encoding="utf-8"))
+    gain = json.loads((out.parent / "gain.json").read_text(encoding="utf-8")) if distilled else None
+    bundle, targets = artifact.load(out.parent / "bundle", "bundle"), recipe.build.targets
+    page: Evidence = {
+        "title": "rpfm-edge report",
+        "subtitle": ", ".join([path.name, plural(int(bundle.config["steps"])), bundle.config["precision"], *targets]),
+        "machine": found["machine"],
+        "headline": headline(found, gain),
+        "pictures": picture_rows(found),
+        "drift": {
+            "stages": found["stages"] + gain_stages(gain),
+            "missing": found["missing"],
+            "note": f"Medians over {len(found['pairs'])} held-out pairs, the same noise everywhere. "
+            f"Reference: the teacher with {found['reference']['steps']} {found['reference']['solver']} steps.",
+        },
+        "latency": [
+            {"call": call, "name": f"{s['backend']} {s['precision']}", "values_s": s[call]["values_s"]}
+            for s in found["speed"]
+            for call in ("prepare", "frame")
+        ],
+        "losses": losses(teacher, student, distilled),
+        "lineage": [
+            {"stage": s.stage, "config": s.config, "tools": s.tools, "inputs": s.inputs} for s in bundle.lineage
+        ],
+        "method": {
+            "commands": [f"rpfm-edge run {path}"],
+            "counts": {"held-out pairs": len(found["pairs"]), "frames at least": recipe.bench.runs},
+            "seeds": {"recipe": recipe.seed},
+            "notes": [
+                f"{d['backend']} {d['precision']}: {'stable' if d['frame']['stable'] else 'not stable'}"
+                for d in found["speed"]
+            ],
+        },
+    }
+    write_report(out, page)
+    artifact.write_text(out.with_suffix(".json"), json.dumps({**found, "gain": gain}, indent=1))
+
+
+def headline(found: Mapping[str, Any], gain: Mapping[str, Any] | None) -> list[Any]:
+    """The figures at the top of the page."""
+    stages = {stage["stage"]: stage for stage in found["stages"]}
+    judged, few, reference = stages[found["judged"]], found["stages"][1], stages["teacher, reference"]
+    rows = [
+        ("quality", "bundle against teacher", psnr(judged["against_teacher"]), "dB PSNR",
+         f"{few['stage']}: {psnr(few['against_teacher']):.1f} dB"),
+        ("quality", "bundle against ground truth", psnr(judged["against_truth"]), "dB PSNR",
+         f"teacher: {psnr(reference['against_truth']):.1f} dB"),
+    ]  # fmt: skip
+    if gain:
+        one = gain["steps"][0]
+        note = f"before: {psnr(one['teacher']):.1f} dB"
+        rows.append(("quality", "1 step, distilled in this run", psnr(one["student"]), "dB PSNR", note))
+    for speed in found["speed"]:
+        if speed["precision"] == found["judged"].split(",")[0]:
+            frame, backend = speed["frame"], speed["backend"]
+            note = f"p50 {1e3 * frame['p50_s']:.1f} ms, p95 {1e3 * frame['p95_s']:.1f} ms"
+            rows.append(("speed", f"frame, {backend}", frame["fps"], "frames/s", note))
+            rows.append(("size", f"engines, {backend}", speed["engine_bytes"] / 2**20, "MiB", speed["precision"]))
+    return [dict(zip(("group", "label", "value", "unit", "note"), row, strict=True)) for row in rows]
+
+
+def psnr(summary: Mapping[str, Any]) -> float:
+    """The median PSNR of a comparison, in dB."""
+    return float(summary["psnr_db"]["median"])
+
+
+def picture_rows(found: Mapping[str, Any]) -> list[Any]:
+    """Rows of the page, each with the error of the bundle against the teacher."""
+    return [
+        {"title": " → ".join(names), "images": images, "error_of": ("teacher", found["judged"])}
+        for names, images in zip(found["pairs"], found["pictures"], strict=False)
+    ]
+
+
+def gain_stages(gain: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """This run's distillation as stages of the drift table."""
+    if not gain:
+        return []
+    stages = []
+    for row in gain["steps"]:
+        stages.append(
+            {"stage": f"teacher, {plural(row['steps'])}, before distillation", "against_teacher": row["teacher"]}
+        )
+        stages.append({"stage": f"distilled in this run, {plural(row['steps'])}", "against_teacher": row["student"]})
+    return stages
+
+
+def losses(teacher: str | Path, student: str, distilled: Path | None) -> dict[str, Any]:
+    """Loss curves of the artifacts that keep one."""
+    curves: dict[str, Any] = {}
+    for title, spec in {"teacher": teacher, "student": student, "distilled in this run": distilled}.items():
+        folder = assets.resolve(spec) if spec and (spec in assets.shipped() or Path(spec).exists()) else None
+        points = artifact.load(folder, verify=False).config.get("losses") if folder else None
+        if points:
+            curves[title] = [{"name": title, "steps": [p[0] for p in points], "values": [p[1] for p in points]}]
+    return curves

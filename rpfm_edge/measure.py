@@ -1,0 +1,179 @@
+"""Latency, memory and the machine. It knows nothing of graphs: it times a call that returns once its work is done."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rpfm_edge.errors import BackendError, ConfigError
+
+Call = Callable[[], object]
+STABLE_TOLERANCE = 0.05
+STABLE_BLOCKS = 10
+
+
+@dataclass(frozen=True)
+class Latency:
+    """The times of a call in seconds, in the order in which they were measured; never empty, without the warm-up."""
+
+    values_s: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.values_s:
+            raise ConfigError("no times were measured", expected="at least one run", fix="measure with more runs")
+
+    @cached_property
+    def _percentiles(self) -> tuple[float, float, float]:
+        p50, p95, p99 = np.percentile(self.values_s, [50, 95, 99])
+        return float(p50), float(p95), float(p99)
+
+    @property
+    def p50_s(self) -> float:
+        """The median."""
+        return self._percentiles[0]
+
+    @property
+    def p95_s(self) -> float:
+        """The 95th percentile, linearly interpolated."""
+        return self._percentiles[1]
+
+    @property
+    def p99_s(self) -> float:
+        """The 99th percentile, linearly interpolated."""
+        return self._percentiles[2]
+
+    @property
+    def mean_s(self) -> float:
+        """The mean."""
+        return float(np.mean(self.values_s))
+
+    @property
+    def fps(self) -> float:
+        """Calls per second at the median, ``1 / p50_s``."""
+        return 1 / self.p50_s if self.p50_s else float("inf")
+
+    @property
+    def jitter_s(self) -> float:
+        """The mean absolute difference of successive times; 0 for a single run."""
+        return float(np.mean(np.abs(np.diff(self.values_s)))) if len(self.values_s) > 1 else 0.0
+
+    @property
+    def stable(self) -> bool:
+        """Whether the times had settled: ``is_stable``."""
+        return is_stable(self.values_s)
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures and the raw values."""
+        names = ("p50_s", "p95_s", "p99_s", "mean_s", "fps", "jitter_s", "stable")
+        return {"runs": len(self.values_s), **{n: getattr(self, n) for n in names}, "values_s": list(self.values_s)}
+
+
+def measure(call: Call, warmup: int = 5, min_runs: int = 50, min_seconds: float = 3.0) -> Latency:
+    """Time ``call`` until both ``min_runs`` and ``min_seconds`` are reached, after ``warmup`` uncounted calls."""
+    _check_counts(warmup, min_runs)
+    for _ in range(warmup):
+        call()
+    values: list[float] = []
+    start = time.perf_counter()
+    while len(values) < min_runs or time.perf_counter() - start < min_seconds:
+        values.append(_timed(call))
+    return Latency(tuple(values))
+
+
+def interleaved(calls: Mapping[str, Call], rounds: int, warmup: int = 5) -> dict[str, Latency]:
+    """Time several calls in turns, so that their ratios hold on a machine whose speed drifts.
+
+    Every round runs each call once; odd rounds go backwards, so that none always follows the same one.
+    """
+    _check_counts(warmup, rounds)
+    for call in calls.values():
+        for _ in range(warmup):
+            call()
+    values: dict[str, list[float]] = {name: [] for name in calls}
+    for index in range(rounds):
+        for name in list(calls)[:: -1 if index % 2 else 1]:
+            values[name].append(_timed(calls[name]))
+    return {name: Latency(tuple(times)) for name, times in values.items()}
+
+
+def _check_counts(warmup: int, runs: int) -> None:
+    if warmup < 0 or runs < 1:
+        raise ConfigError(
+            f"{warmup} warm-up and {runs} measured runs", expected="at least 0 and at least 1", fix="ask for more runs"
+        )
+
+
+def _timed(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def is_stable(values: Sequence[float]) -> bool:
+    """Whether a series has settled: the median of its second half is within 5 % of the first half's, and of ten blocks
+    in order at least eight have their median within 5 % of the whole's. Fewer than ten values cannot tell: False.
+    """
+    series = np.asarray(values, np.float64)
+    if series.size < STABLE_BLOCKS:
+        return False
+    first, second = (float(np.median(half)) for half in np.array_split(series, 2))
+    medians = np.array([np.median(block) for block in np.array_split(series, STABLE_BLOCKS)])
+    center = float(np.median(series))
+    near = np.abs(medians - center) <= STABLE_TOLERANCE * center
+    return abs(second - first) <= STABLE_TOLERANCE * first and int(near.sum()) >= 8
+
+
+def peak_memory_bytes() -> int:
+    """The high-water mark of this process's resident memory since it started: it never falls, so measure one thing per
+    process. POSIX only (``getrusage``, which counts KiB on Linux and bytes on macOS).
+    """
+    try:
+        import resource
+    except ImportError:
+        raise BackendError("peak memory is not known here", expected="Linux or macOS", fix="leave it out") from None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def where(versions: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The machine that measured, to stand beside every figure.
+
+    Args:
+        versions: library → version, such as ``Runtime.versions()`` gives; kept under ``"versions"``.
+
+    Returns:
+        cpu (model name), board (from the device tree; absent without one), cores (logical), usable_cores (that this
+        process may run on), memory_bytes (absent if unknown), python, platform, versions.
+    """
+    cores = os.cpu_count() or 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    facts: dict[str, Any] = {"cpu": _cpu_model(), "cores": cores, "usable_cores": usable}
+    if board := _read("/proc/device-tree/model").strip("\0\n "):
+        facts["board"] = board
+    with suppress(AttributeError, ValueError, OSError):
+        facts["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    facts |= {"python": platform.python_version(), "platform": platform.platform(), "versions": dict(versions or {})}
+    return facts
+
+
+def _cpu_model() -> str:
+    for line in _read("/proc/cpuinfo").splitlines():
+        if line.partition(":")[0].strip() == "model name":
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

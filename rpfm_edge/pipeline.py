@@ -1,0 +1,117 @@
+"""What a user holds: open a bundle, prepare a person once, render a frame per pose. The same for every backend."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from rpfm_edge import artifact, assets
+from rpfm_edge.artifact import Artifact
+from rpfm_edge.errors import BackendError, InputError
+from rpfm_edge.image import load_image
+from rpfm_edge.pose import check_pose, draw_skeleton
+from rpfm_edge.runtime import Session
+
+Image = np.ndarray  # (H, W, 3) uint8 RGB
+
+
+@dataclass(frozen=True, slots=True)
+class Person:
+    """A source image, prepared: the keys and values that every frame attends to. Valid for the bundle that made it."""
+
+    source_kv: np.ndarray
+    bundle_digest: str
+
+
+class Pipeline:
+    """An opened bundle. Use it as a context manager, or ``close`` it.
+
+    Attributes:
+        size: (height, width) of source, pose and output in pixels.
+        backend: the name of the backend that runs.
+        noise: the bundle's noise, (1, C, h, w) float32; the same noise for every frame keeps a video steady.
+    """
+
+    def __init__(self, bundle: Artifact, backend: str, prepare: Session, frame: Session, resources: ExitStack) -> None:
+        self.bundle, self.backend = bundle, backend
+        self.size: tuple[int, int] = tuple(bundle.config["size"])
+        self.noise: np.ndarray = np.load(bundle.file("noise.npy"), allow_pickle=False)
+        self._digest = bundle.digest
+        self._prepare, self._frame, self._resources = prepare, frame, resources
+
+    @classmethod
+    def open(cls, bundle: str | Path, backend: str | None = None) -> Pipeline:
+        """Load a bundle on one of the backends that it was built for (default: the first).
+
+        Raises:
+            ArtifactError: the bundle is missing, damaged or another kind of artifact.
+            BackendError: the bundle has no engine for ``backend``, or its library is not installed.
+        """
+        import runtimes
+
+        loaded = artifact.load(assets.resolve(bundle), "bundle")
+        backends = loaded.config["backends"]
+        name = backend or next(iter(backends))
+        runtime = runtimes.load(name)
+        if name not in backends:
+            raise BackendError(
+                f"{bundle} has no engine for {name}",
+                expected=f"one of {sorted(backends)}",
+                fix=f"run: rpfm-edge build {bundle} --target {name} --out {bundle}",
+            )
+        with ExitStack() as stack:
+            prepare, frame = (
+                stack.enter_context(
+                    runtime.open(loaded.path / "engines" / name / graph, loaded.signatures[graph], backends[name])
+                )
+                for graph in ("prepare", "frame")
+            )
+            return cls(loaded, name, prepare, frame, stack.pop_all())
+
+    def prepare(self, source: str | Path | Image) -> Person:
+        """Encode the person of ``source`` (a file, or (H, W, 3) uint8 RGB; padded to the bundle's aspect): once per
+        identity."""
+        image = load_image(source, self.size)
+        return Person(self._prepare.run({"source": image[None]})["source_kv"], self._digest)
+
+    def render(self, person: Person, pose: ArrayLike, noise: np.ndarray | None = None) -> Image:
+        """One frame: the person in a pose.
+
+        Args:
+            person: from ``prepare`` of this bundle.
+            pose: (18, 2) OpenPose keypoints, pixels x, y of ``size``; nan where missing.
+            noise: (1, C, h, w) float32; default ``self.noise``.
+
+        Returns:
+            (H, W, 3) uint8 RGB.
+        """
+        if person.bundle_digest != self._digest:
+            raise InputError(
+                "the person was prepared by another bundle",
+                expected="a person of this one",
+                fix="prepare the source again",
+            )
+        return self.render_skeleton(person, draw_skeleton(check_pose(pose, self.size), self.size), noise)
+
+    def render_skeleton(self, person: Person, skeleton: Image, noise: np.ndarray | None = None) -> Image:
+        """As ``render``, from a drawn skeleton (H, W, 3) uint8 RGB."""
+        feeds = {"pose": skeleton[None], "noise": self.noise if noise is None else noise, "source_kv": person.source_kv}
+        image: Image = self._frame.run(feeds)["image"][0]
+        return image
+
+    def close(self) -> None:
+        """Free the engines; later calls raise ``BackendError``."""
+        self._resources.close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

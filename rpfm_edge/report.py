@@ -1,0 +1,298 @@
+"""The evidence as one self-contained HTML page, and pictures that show errors side by side.
+
+The caller fills ``Evidence``; every section is optional and a missing one is left out. This module measures nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import cv2
+import numpy as np
+
+from rpfm_edge.artifact import write_text
+from rpfm_edge.errors import ConfigError, InputError
+from rpfm_edge.measure import Latency
+from rpfm_edge.metrics import METRICS, Summary, check_image, check_pair, import_extra
+from rpfm_edge.plots import histogram, loss_plot
+
+ERROR_SCALE = 64  # of 255: the mean absolute error over the channels that gets the brightest colour
+Picture = np.ndarray | str | Path  # uint8 (H, W, 3) RGB, or a PNG or JPEG file, relative to the folder of the page
+
+
+class Figure(TypedDict):
+    """A headline figure. Numbers are printed with three digits; ``note`` says against what, or where."""
+
+    group: Literal["quality", "speed", "size"]
+    label: str
+    value: float | str
+    unit: str
+    note: str
+
+
+class PictureRow(TypedDict, total=False):
+    """Pictures side by side, in order, by title. ``error_of`` adds the error map of two of the titles at the end."""
+
+    title: str
+    images: Mapping[str, Picture]
+    error_of: tuple[str, str]
+
+
+class DriftStage(TypedDict, total=False):
+    """A stage (``student, 2 steps``, ``int8``, …) against the teacher at the same noise, and the ground truth."""
+
+    stage: str
+    against_teacher: Summary
+    against_truth: Summary
+
+
+class Drift(TypedDict, total=False):
+    """``stages`` in the order of the pipeline; ``missing`` (``missing_metrics()``) is printed as it is."""
+
+    stages: Sequence[DriftStage]
+    missing: Mapping[str, str]
+    note: str
+
+
+class Curve(TypedDict):
+    """A loss over steps."""
+
+    name: str
+    steps: Sequence[float]
+    values: Sequence[float]
+
+
+class Times(TypedDict, total=False):
+    """Raw times in seconds of ``call`` (``prepare``, ``frame``) under ``name`` (``openvino int8``)."""
+
+    call: str
+    name: str
+    values_s: Sequence[float]
+
+
+class StageRecord(TypedDict, total=False):
+    """A stage of the lineage, as manifests hold it, and the digest of what it made."""
+
+    stage: str
+    config: Mapping[str, Any]
+    tools: Mapping[str, str]
+    inputs: Mapping[str, str]
+    digest: str
+
+
+class Method(TypedDict, total=False):
+    """How it was measured: command lines, counts, seeds, and remarks."""
+
+    commands: Sequence[str]
+    counts: Mapping[str, Any]
+    seeds: Mapping[str, Any]
+    notes: Sequence[str]
+
+
+class Evidence(TypedDict, total=False):
+    """What a report can show. ``machine`` is ``measure.where()``; ``losses`` are curves by the title of their plot."""
+
+    title: str
+    subtitle: str
+    machine: Mapping[str, Any]
+    headline: Sequence[Figure]
+    pictures: Sequence[PictureRow]
+    drift: Drift
+    latency: Sequence[Times]
+    losses: Mapping[str, Sequence[Curve]]
+    lineage: Sequence[StageRecord]
+    method: Method
+
+
+def write_report(path_html: Path, evidence: Evidence) -> None:
+    """Render ``evidence`` to one page that needs no other file and no network.
+
+    Raises:
+        ConfigError: an unknown section.
+        InputError: a picture that is missing or cannot be shown.
+        BackendError: jinja2 or matplotlib is not installed.
+    """
+    if unknown := sorted(set(evidence) - set(Evidence.__annotations__)):
+        raise ConfigError(
+            f"unknown section {unknown[0]!r} of the evidence",
+            expected=f"some of {list(Evidence.__annotations__)}",
+            fix="check the spelling",
+        )
+    jinja2 = import_extra("jinja2", "validate")
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.ChainableUndefined
+    )
+    environment.filters |= {
+        "number": format_number,
+        "ms": lambda seconds: format_number(seconds * 1e3),
+        "plain": _plain,
+    }
+    template = Path(__file__).with_name("templates").joinpath("report.html.j2").read_text(encoding="utf-8")
+    safe = jinja2.utils.markupsafe.Markup  # the plots are markup that was made here, all else is escaped
+    page = environment.from_string(template).render(
+        evidence=evidence,
+        machine=_machine(evidence.get("machine", {})),
+        rows=[_picture_row(row, path_html.parent) for row in evidence.get("pictures", ())],
+        error_scale=ERROR_SCALE,
+        error_bar=_data_uri(_colour(np.arange(256, dtype=np.uint8)[None])),
+        drift=_drift_tables(evidence.get("drift", {})),
+        latency=_latency_groups(evidence.get("latency", ()), safe),
+        losses=[(title, safe(_losses(title, curves))) for title, curves in evidence.get("losses", {}).items()],
+    )
+    write_text(path_html, page)
+
+
+def format_number(value: float | str | None) -> str:
+    """Three significant digits, without an exponent between 0.001 and 10 million; words as they are, ``—`` for None."""
+    if value is None or isinstance(value, str):
+        return value or "—"
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else "∞" if value > 0 else "−∞"
+    if isinstance(value, int) or abs(value) >= 100:
+        return f"{value:,.0f}" if abs(value) < 1e7 else f"{value:.3g}"
+    return f"{value:#.3g}".rstrip(".") if abs(value) >= 1e-3 else f"{value:.3g}"
+
+
+def error_map(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Where two uint8 (H, W, 3) images differ: the mean absolute error over the channels, in the colours of inferno.
+
+    Black is 0, the brightest yellow ``ERROR_SCALE`` = 64 (of 255) or more. Returns uint8 (H, W, 3) RGB.
+    """
+    check_pair(a, b)
+    error = np.abs(a.astype(np.float32) - b).mean(axis=2)
+    return _colour(np.rint(np.minimum(error / ERROR_SCALE, 1) * 255).astype(np.uint8))
+
+
+def _colour(level: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(cv2.applyColorMap(level, cv2.COLORMAP_INFERNO)[:, :, ::-1])
+
+
+def contact_sheet(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str]) -> np.ndarray:
+    """Rows of uint8 (H, W, 3) images under one title per column, on white; smaller images are centred in their cell.
+
+    Titles are drawn with OpenCV's letters, which are ASCII. Returns uint8 (H', W', 3) RGB.
+    """
+    if not rows or any(len(row) != len(titles) for row in rows) or not titles:
+        raise InputError(
+            f"{len(titles)} titles for rows of {sorted({len(row) for row in rows})} images",
+            expected="at least one row, and as many images in each as titles",
+            fix="add or drop titles",
+        )
+    for image in (image for row in rows for image in row):
+        check_image(image)
+    height, width = (max(image.shape[axis] for row in rows for image in row) for axis in (0, 1))
+    gap, header = 6, 28
+    sheet = np.full((header + len(rows) * (height + gap), len(titles) * (width + gap) + gap, 3), 255, np.uint8)
+    for column, title in enumerate(titles):
+        size = cv2.getTextSize(title, cv2.FONT_HERSHEY_SIMPLEX, 1, 1)[0][0]
+        scale = min(0.45, (width - 4) / max(size, 1))
+        origin = (gap + column * (width + gap) + 2, header - 10)
+        cv2.putText(sheet, title, origin, cv2.FONT_HERSHEY_SIMPLEX, scale, (40, 40, 40), 1, cv2.LINE_AA)
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row):
+            top = header + r * (height + gap) + (height - image.shape[0]) // 2
+            left = gap + c * (width + gap) + (width - image.shape[1]) // 2
+            sheet[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return sheet
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _machine(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of ``measure.where()`` in words."""
+    words = {key: value for key, value in facts.items() if key not in ("versions", "memory_bytes")}
+    if "usable_cores" in words and "cores" in words:
+        words["cores"] = f"{words.pop('usable_cores')} of {words['cores']} usable"
+    if "memory_bytes" in facts:
+        words["memory"] = f"{format_number(facts['memory_bytes'] / 2**30)} GiB"
+    return words | dict(facts.get("versions", {}))
+
+
+def _picture_row(row: PictureRow, folder: Path) -> dict[str, Any]:
+    pictures = dict(row["images"])
+    cells = [{"title": title, "uri": _data_uri(image, folder)} for title, image in pictures.items()]
+    if pair := row.get("error_of"):
+        if missing := [title for title in pair if title not in pictures]:
+            raise InputError(f"no picture {missing[0]!r}", expected=f"one of {list(pictures)}", fix="correct error_of")
+        a, b = (_pixels(pictures[title], folder) for title in pair)
+        cells.append({"title": f"error: {pair[0]} − {pair[1]}", "uri": _data_uri(error_map(a, b))})
+    return {"title": row.get("title", ""), "cells": cells, "has_error": bool(pair)}
+
+
+def _data_uri(picture: Picture, folder: Path = Path()) -> str:
+    """A picture file as it is, or an array as PNG, in base64."""
+    if isinstance(picture, np.ndarray):
+        check_image(picture)
+        data, kind = bytes(cv2.imencode(".png", picture[:, :, ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 9])[1]), "png"
+    else:
+        data = _read_picture(folder / picture)
+        kind = "jpeg" if data.startswith(b"\xff\xd8\xff") else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _read_picture(path: Path) -> bytes:
+    data = path.read_bytes() if path.is_file() else b""
+    if not data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n")):
+        raise InputError(f"{path} is no picture", expected="a PNG or JPEG file", fix="write it again")
+    return data
+
+
+def _pixels(picture: Picture, folder: Path) -> np.ndarray:
+    if isinstance(picture, np.ndarray):
+        return picture
+    pixels = cv2.imdecode(np.frombuffer(_read_picture(folder / picture), np.uint8), cv2.IMREAD_COLOR)
+    if pixels is None:
+        raise InputError(f"{folder / picture} cannot be decoded", expected="a whole PNG or JPEG", fix="write it again")
+    return np.ascontiguousarray(pixels[:, :, ::-1])
+
+
+def _drift_tables(drift: Drift) -> list[dict[str, Any]]:
+    """One table per reference."""
+    stages = drift.get("stages", ())
+    teacher = [(stage["stage"], stage["against_teacher"]) for stage in stages if "against_teacher" in stage]
+    truth = [(stage["stage"], stage["against_truth"]) for stage in stages if "against_truth" in stage]
+    references = (("the teacher, same noise", teacher), ("the ground truth", truth))
+    return [_drift_table(reference, found) for reference, found in references if found]
+
+
+def _drift_table(reference: str, stages: Sequence[tuple[str, Summary]]) -> dict[str, Any]:
+    """Metrics as columns, and per stage the median and the worse tail of each."""
+    names = [name for name in METRICS if any(name in summary for _, summary in stages)]
+    rows = [
+        (stage, [_cell(summary.get(name), METRICS[name].higher_is_better) for name in names])
+        for stage, summary in stages
+    ]
+    return {"reference": reference, "columns": [METRICS[name] for name in names], "rows": rows}
+
+
+def _cell(statistics: Mapping[str, Any] | None, higher_is_better: bool) -> dict[str, Any]:
+    if statistics is None:
+        return {"median": None, "tail": None, "count": 0}
+    tail = statistics["p05" if higher_is_better else "p95"]
+    return {"median": statistics["median"], "tail": tail, "count": len(statistics["values"])}
+
+
+def _latency_groups(entries: Sequence[Times], safe: type[str]) -> list[dict[str, Any]]:
+    """Per call: the percentiles of each name, and one histogram."""
+    groups: dict[str, dict[str, Latency]] = {}
+    for entry in entries:
+        groups.setdefault(entry["call"], {})[entry["name"]] = Latency(tuple(entry["values_s"]))
+    return [
+        {
+            "call": call,
+            "rows": list(rows.items()),
+            "plot": safe(histogram(f"times of {call}", {name: times.values_s for name, times in rows.items()})),
+        }
+        for call, rows in groups.items()
+    ]
+
+
+def _losses(title: str, curves: Sequence[Curve]) -> str:
+    return loss_plot(f"loss curves: {title}", {curve["name"]: (curve["steps"], curve["values"]) for curve in curves})

@@ -1,0 +1,44 @@
+"""What every backend offers: two verbs, build and open, and a session that runs a graph.
+
+The table of backends is ``runtimes.BACKENDS``; ``runtimes.load(name)`` returns one of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from rpfm_edge.artifact import Artifact
+from rpfm_edge.signature import Feeds, Signature
+
+
+class Session(Protocol):
+    """A loaded engine. ``run`` returns once the outputs are on the host."""
+
+    @property
+    def signature(self) -> Signature: ...
+
+    def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
+        """Outputs by name. The arrays belong to the caller; raises ``SignatureError`` on feeds that do not fit."""
+
+
+class Runtime(Protocol):
+    """A backend.
+
+    ``options`` are plain values kept in the bundle's manifest; an unknown one is a ``ConfigError``.
+    """
+
+    name: str
+
+    def build(self, graph: Artifact, name: str, engine: Path, options: Mapping[str, Any]) -> None:
+        """Compile graph ``name`` ("prepare", "frame") of a graph artifact into the existing empty folder ``engine``."""
+
+    def open(self, engine: Path, signature: Signature, options: Mapping[str, Any]) -> AbstractContextManager[Session]:
+        """Load what ``build`` wrote; leaving the context frees it."""
+
+    def versions(self) -> dict[str, str]:
+        """Distribution name → version of the libraries that this backend runs on."""

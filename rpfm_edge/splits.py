@@ -1,0 +1,36 @@
+"""Which identities train, which judge: held-out means held-out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rpfm_edge.data import Split, has_split, hold_out, open_split, sample_root
+
+VALIDATION_IDENTITIES, SEED = 40, 0
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """``training`` also serves distillation and calibration; ``validation`` chooses; ``test`` only ever judges."""
+
+    training: Split
+    validation: Split
+    test: Split
+
+
+def open_splits(data: str | Path) -> Splits:
+    """The splits of a data set, identities disjoint, always the same.
+
+    40 training identities (a tenth, if that is fewer) are kept for validation. A data set with a test split alone,
+    such as the packaged ``sample``, is cut by identities: a third to judge (and validate), two thirds to train.
+    """
+    root = sample_root() if str(data) == "sample" else Path(data)
+    test = open_split(root, "test")
+    if not has_split(root, "train"):
+        training, judged = hold_out(test, 1 / 3, SEED)
+        return Splits(training, judged, judged)
+    train = open_split(root, "train")
+    identities = len(set(train.identities.tolist()))
+    training, validation = hold_out(train, min(VALIDATION_IDENTITIES, max(1, identities // 10)), SEED)
+    return Splits(training, validation, test)

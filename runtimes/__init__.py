@@ -1,0 +1,52 @@
+"""Graph → engine → session, one file per backend; nothing heavy is imported until ``load``."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, cast
+
+from rpfm_edge.errors import BackendError
+from rpfm_edge.runtime import Runtime
+
+if TYPE_CHECKING:
+    from runtimes import ort, ov, torch_reference
+
+    _RUNTIMES: tuple[Runtime, ...] = (ov, ort, torch_reference)  # a module is a Runtime, and mypy holds it to that
+
+# name → (module here, import name of the library that it needs, extra of rpfm-edge that installs the library)
+BACKENDS = {
+    "openvino": ("runtimes.ov", "openvino", "openvino"),
+    "onnxruntime": ("runtimes.ort", "onnxruntime", "onnxruntime"),
+    "torch": ("runtimes.torch_reference", "torch", "distill"),
+}
+
+
+def load(name: str) -> Runtime:
+    """The backend ``name``; raises ``BackendError`` if it is unknown, not installed or cannot be imported."""
+    if name not in BACKENDS:
+        raise BackendError(f"unknown backend {name!r}", expected=f"one of {sorted(BACKENDS)}", fix="check the spelling")
+    module, needs, extra = BACKENDS[name]
+    install = f"pip install 'rpfm-edge[{extra}]'"
+    if find_spec(needs) is None:
+        raise BackendError(f"backend {name} is not installed", expected=f"the package {needs}", fix=f"run: {install}")
+    try:
+        return cast(Runtime, import_module(module))
+    except (ImportError, OSError) as error:  # OSError: a shared library that is missing or built for another machine
+        raise BackendError(
+            f"backend {name} cannot be imported ({error})",
+            expected=f"a working package {needs}",
+            fix=f"run: {install} --force-reinstall",
+        ) from error
+
+
+def available() -> dict[str, str | None]:
+    """Backend name → None if it is usable, or else why not and what to do."""
+    reasons: dict[str, str | None] = {}
+    for name in BACKENDS:
+        try:
+            load(name)
+            reasons[name] = None
+        except BackendError as error:
+            reasons[name] = str(error)
+    return reasons

@@ -1,0 +1,34 @@
+"""The options of a backend: known names, types and values, before anything is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rpfm_edge.errors import ConfigError
+
+
+def checked(
+    backend: str, defaults: Mapping[str, Any], options: Mapping[str, Any], choices: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """``options`` over ``defaults``.
+
+    Raises:
+        ConfigError: a name that ``defaults`` lacks, a value of another type than the default's, one outside ``choices``
+            of that name, or a negative integer.
+    """
+    for name, value in options.items():
+        if name not in defaults:
+            raise ConfigError(
+                f"unknown {backend} option {name!r}", expected=f"one of {sorted(defaults)}", fix="check the spelling"
+            )
+        if type(value) is not type(defaults[name]) or (isinstance(value, int) and value < 0):
+            kind = "an integer, 0 or more" if isinstance(defaults[name], int) else "a string"
+            raise ConfigError(f"{backend} option {name} is {value!r}", expected=kind, fix="give such a value")
+        if name in choices and value not in choices[name]:
+            raise ConfigError(
+                f"{backend} option {name} is {value!r}",
+                expected=f"one of {list(choices[name])}",
+                fix="choose one of them",
+            )
+    return {**defaults, **options}

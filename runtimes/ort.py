@@ -1,0 +1,120 @@
+"""ONNX Runtime: the CPU of any machine, and whatever execution providers are installed. An engine is the ONNX graph."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from rpfm_edge.artifact import Artifact
+from rpfm_edge.errors import ArtifactError, BackendError
+from rpfm_edge.runtime import Session
+from rpfm_edge.signature import Feeds, Signature, TensorSpec
+from runtimes.options import checked
+from runtimes.session import guarded, require_signature
+
+name = "onnxruntime"
+MODEL = "model.onnx"
+DEFAULTS = {"provider": "CPUExecutionProvider", "threads": 0}  # 0: all cores
+DTYPES = {"float": "float32"}  # where ONNX Runtime's name is not numpy's
+
+
+def build(graph: Artifact, name: str, engine: Path, options: Mapping[str, Any]) -> None:
+    """Copy graph ``name`` to ``engine``, once ONNX Runtime has optimised it. Options: ``DEFAULTS``."""
+    source = graph.file(f"{name}.onnx")
+    option = checked_options(options)
+    try:
+        session = _session(source, option)
+    except _refusals() as error:
+        raise BackendError(
+            f"ONNX Runtime cannot load {source} ({_cause(error)})",
+            expected="an ONNX graph that it supports",
+            fix="export it again",
+        ) from error
+    require_signature(source, _signature(session), graph.signatures[name])
+    shutil.copyfile(source, engine / MODEL)
+    for file in graph.files:
+        if file.startswith(f"{name}.onnx."):  # weights outside the graph, which names them by this file name
+            shutil.copyfile(graph.path / file, engine / file)
+
+
+@contextmanager
+def open(engine: Path, signature: Signature, options: Mapping[str, Any]) -> Iterator[Session]:
+    """Load the graph of ``engine``. Inputs are read where they lie, during ``run`` only."""
+    path = engine / MODEL
+    option = checked_options(options)
+    try:
+        loaded = _session(path, option)
+    except _refusals() as error:
+        raise ArtifactError(
+            f"{path} is missing or damaged ({_cause(error)})",
+            expected="the graph that was built",
+            fix="copy the bundle again or build the engine again",
+        ) from error
+    require_signature(path, _signature(loaded), signature)
+    names = [spec.name for spec in signature.outputs]
+
+    def call(feeds: Feeds) -> dict[str, np.ndarray]:
+        return dict(zip(names, loaded.run(names, feeds), strict=True))
+
+    with guarded("onnxruntime", signature, call) as session:
+        yield session
+
+
+def versions() -> dict[str, str]:
+    """The version of ONNX Runtime."""
+    return {"onnxruntime": onnxruntime.__version__}
+
+
+def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` over ``DEFAULTS``; ``BackendError`` for a provider that this build of ONNX Runtime lacks."""
+    option = checked("onnxruntime", DEFAULTS, options, {})
+    found = onnxruntime.get_available_providers()
+    if option["provider"] not in found:
+        raise BackendError(
+            f"ONNX Runtime has no {option['provider']}",
+            expected=f"one of {found}",
+            fix="choose one, or install its package",
+        )
+    return option
+
+
+def _session(path: Path, option: Mapping[str, Any]) -> onnxruntime.InferenceSession:
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = option["threads"]
+    settings.log_severity_level = 3  # errors: warnings about providers are turned into one below
+    session = onnxruntime.InferenceSession(path, settings, providers=[option["provider"]])
+    if session.get_providers()[0] != option["provider"]:
+        raise BackendError(
+            f"ONNX Runtime falls back from {option['provider']} to {session.get_providers()[0]}",
+            expected="a provider that works on this machine",
+            fix="install its driver, or choose another provider",
+        )
+    return session
+
+
+def _signature(session: onnxruntime.InferenceSession) -> Signature:
+    def specs(nodes: list[Any]) -> tuple[TensorSpec, ...]:
+        kinds = [node.type.removeprefix("tensor(").removesuffix(")") for node in nodes]
+        return tuple(
+            TensorSpec(node.name, tuple(node.shape), DTYPES.get(kind, kind))
+            for node, kind in zip(nodes, kinds, strict=True)
+        )
+
+    return Signature(specs(session.get_inputs()), specs(session.get_outputs()))
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """The exceptions by which ONNX Runtime refuses a model: they share no base class but ``Exception``."""
+    state = onnxruntime.capi.onnxruntime_pybind11_state
+    names = "Fail InvalidArgument InvalidGraph InvalidProtobuf NoSuchFile NotImplemented RuntimeException"
+    return tuple(getattr(state, kind) for kind in names.split())
+
+
+def _cause(error: Exception) -> str:
+    return str(error).partition("\n")[0].rpartition(" : ")[2].strip()

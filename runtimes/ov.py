@@ -1,0 +1,187 @@
+"""OpenVINO: Intel CPUs, GPUs and NPUs, and ARM CPUs. An engine is the graph as OpenVINO IR, compiled when opened."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino
+
+from rpfm_edge.artifact import Artifact
+from rpfm_edge.errors import ArtifactError, BackendError, ConfigError
+from rpfm_edge.runtime import Session
+from rpfm_edge.signature import Feeds, Signature, TensorSpec
+from runtimes.options import checked
+from runtimes.session import guarded, require_signature
+
+name = "openvino"
+MODEL = "model.xml"
+DEFAULTS = {
+    "device": "CPU",  # or AUTO, GPU, GPU.0, NPU
+    "hint": "LATENCY",
+    "threads": 0,  # 0: all cores
+    "precision_hint": "f32",  # arithmetic of the float layers; on CPUs with bf16 units OpenVINO's own default is bf16
+}
+CHOICES = {"hint": ("LATENCY", "THROUGHPUT"), "precision_hint": ("f32", "bf16", "f16")}
+
+
+def build(graph: Artifact, name: str, engine: Path, options: Mapping[str, Any]) -> None:
+    """Convert graph ``name`` to ``model.xml`` and ``model.bin`` in ``engine``, and check that it compiles.
+
+    Weights keep the types that they have in the graph. Options: ``DEFAULTS``.
+    """
+    source = graph.file(f"{name}.onnx")
+    core = openvino.Core()
+    settings = compile_settings(core, options)
+    try:
+        model = core.read_model(source)
+    except RuntimeError as error:
+        raise BackendError(
+            f"OpenVINO cannot read {source} ({_cause(error)})",
+            expected="an ONNX graph that it supports",
+            fix="export it again",
+        ) from error
+    openvino.save_model(model, engine / MODEL, compress_to_fp16=False)
+    compiled = _compile(core, model, source, settings)
+    require_signature(source, _signature(compiled, graph.signatures[name]), graph.signatures[name])
+
+
+@contextmanager
+def open(engine: Path, signature: Signature, options: Mapping[str, Any]) -> Iterator[Session]:
+    """Compile the IR of ``engine``; the compiled form is kept in the user's cache, never in ``engine``.
+
+    A writeable, C-contiguous input is read where it lies, during ``run`` only, so changing it between runs is safe; it
+    is kept alive until another array takes its place. Any other input is copied in every ``run``.
+    """
+    core = openvino.Core()
+    settings = compile_settings(core, options)
+    if cache := cache_folder():
+        core.set_property({"CACHE_DIR": str(cache)})
+    path = engine / MODEL
+    try:
+        model = core.read_model(path)
+    except RuntimeError as error:
+        raise ArtifactError(
+            f"{path} is missing or damaged ({_cause(error)})",
+            expected="the IR that was built",
+            fix="copy the bundle again or build the engine again",
+        ) from error
+    compiled = _compile(core, model, path, settings)
+    require_signature(path, _signature(compiled, signature), signature)
+    with guarded("openvino", signature, _Request(compiled, signature)) as session:
+        yield session
+
+
+def versions() -> dict[str, str]:
+    """The version of OpenVINO."""
+    return {"openvino": openvino.__version__}
+
+
+def devices() -> dict[str, str]:
+    """Device name ("CPU", "GPU.0") → full name, of every device that OpenVINO finds."""
+    core = openvino.Core()
+    return {device: str(core.get_property(device, "FULL_DEVICE_NAME")) for device in core.available_devices}
+
+
+def compile_settings(core: openvino.Core, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Device and properties for ``Core.compile_model``: the one place where options become OpenVINO's settings.
+
+    Raises:
+        ConfigError: an option that is unknown or does not fit the device.
+        BackendError: the device is not in this machine.
+    """
+    option = checked("openvino", DEFAULTS, options, CHOICES)
+    device, found = option["device"], core.available_devices
+    if device != "AUTO" and device not in {*found, *(one.split(".")[0] for one in found)}:
+        raise BackendError(
+            f"OpenVINO finds no device {device}",
+            expected=f"AUTO or one of {found}",
+            fix="choose one, or install its driver",
+        )
+    settings = {"PERFORMANCE_HINT": option["hint"], "INFERENCE_PRECISION_HINT": option["precision_hint"]}
+    if option["threads"]:
+        if device != "CPU":
+            raise ConfigError(
+                f"openvino option threads is {option['threads']} on {device}",
+                expected="threads for device CPU only",
+                fix="leave threads out",
+            )
+        settings["INFERENCE_NUM_THREADS"] = option["threads"]
+    return device, settings
+
+
+def cache_folder() -> Path | None:
+    """``$RPFM_EDGE_CACHE/openvino`` (default ``~/.cache/rpfm-edge/openvino``), or None where it cannot be written."""
+    root = os.environ.get("RPFM_EDGE_CACHE") or Path("~/.cache/rpfm-edge").expanduser()
+    folder = Path(root) / "openvino"
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder if os.access(folder, os.W_OK) else None
+
+
+class _Request:
+    """One inference request over numpy memory that stays put, so that a run costs little beside the graph itself."""
+
+    def __init__(self, compiled: openvino.CompiledModel, signature: Signature) -> None:
+        self._request = compiled.create_infer_request()
+        self._buffers = {spec.name: np.empty(spec.shape, spec.dtype) for spec in signature.inputs}
+        self._outputs = {spec.name: np.empty(spec.shape, spec.dtype) for spec in signature.outputs}
+        self._bound: dict[str, np.ndarray] = {}
+        for tensor, array in (*self._buffers.items(), *self._outputs.items()):
+            self._bind(tensor, array)
+
+    def __call__(self, feeds: Feeds) -> dict[str, np.ndarray]:
+        for tensor, array in feeds.items():
+            if not (array.flags.c_contiguous and array.flags.writeable):  # OpenVINO cannot share these
+                np.copyto(self._buffers[tensor], array)
+                array = self._buffers[tensor]
+            if self._bound[tensor] is not array:
+                self._bind(tensor, array)
+        self._request.infer(share_outputs=True)
+        return {tensor: array.copy() for tensor, array in self._outputs.items()}
+
+    def _bind(self, tensor: str, array: np.ndarray) -> None:
+        self._request.set_tensor(tensor, openvino.Tensor(array, shared_memory=True))
+        self._bound[tensor] = array
+
+
+def _compile(
+    core: openvino.Core, model: openvino.Model, path: Path, settings: tuple[str, dict[str, Any]]
+) -> openvino.CompiledModel:
+    device, properties = settings
+    try:
+        return core.compile_model(model, device, properties)
+    except RuntimeError as error:
+        raise BackendError(
+            f"OpenVINO cannot compile {path} for {device} ({_cause(error)})",
+            expected=f"a graph and options that {device} supports",
+            fix="choose another device or precision_hint, or quantize another way",
+        ) from error
+
+
+def _signature(compiled: openvino.CompiledModel, expected: Signature) -> Signature:
+    """The boundary of a compiled model. A tensor may have several names: the expected one is taken if it is there."""
+
+    def specs(ports: list[Any], known: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+        names = {spec.name for spec in known}
+        return tuple(
+            TensorSpec(
+                next(iter(sorted(port.get_names() & names) or sorted(port.get_names()))),
+                tuple(port.partial_shape.get_max_shape()),
+                np.dtype(port.element_type.to_dtype()).name,
+            )
+            for port in ports
+        )
+
+    return Signature(specs(compiled.inputs, expected.inputs), specs(compiled.outputs, expected.outputs))
+
+
+def _cause(error: RuntimeError) -> str:
+    """OpenVINO's own words: the last line of its message that is not a place in its sources."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
+    return (said or lines or ["no reason given"])[-1]
