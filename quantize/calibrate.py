@@ -1,6 +1,6 @@
 """Calibration samples: real sources, poses and noise, drawn by a seed and kept in one file with their digest.
 
-The frame graph contains its steps, so whoever runs it on these inputs sees the student at its own times and in its own states.
+The frame graph contains its steps, so on these inputs it is seen at the student's own times and in its own states.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Samples:
                 yield {"pose": pose[None], "noise": noise[None], "source_kv": self.source_kv[source]}
 
     def check(self, graph: Artifact) -> None:
-        """Raise ``ArtifactError`` unless the samples were recorded with ``graph``, ``SignatureError`` unless they fit it."""
+        """Raise ``ArtifactError`` unless they were recorded with ``graph``, ``SignatureError`` unless they fit it."""
         if self.facts["graph"] != graph.digest:
             raise ArtifactError(
                 f"the calibration samples were recorded with graph {self.facts['graph'][:12]}",
@@ -102,7 +102,7 @@ def record(graph: Artifact, split: Split, out: Path, count: int = 64, seed: int 
     pose = np.stack([draw_skeleton(split.pose(i, (height, width)), (height, width)) for i in pairs[:, 1]])
     source_names, pose_names = ([split.names[i] for i in indices] for indices in (chosen, pairs[:, 1]))
     _require_contents("picture", source, source_names)
-    _require_contents("pose of", pose, pose_names)
+    _require_contents("pose", pose, pose_names)
     noise = rng.standard_normal((len(pairs), *boundary.input("noise").shape[1:]), dtype=np.float32)
     facts = {"seed": seed, "count": len(pairs), "graph": graph.digest, "sources": source_names, "poses": pose_names}
     arrays = (source, _source_kv(graph, source), index.astype(np.int64), pose, noise)
@@ -143,12 +143,14 @@ def _occurrence(values: np.ndarray) -> np.ndarray:
 
 
 def _require_contents(what: str, images: np.ndarray, names: Sequence[str]) -> None:
-    """Raise ``InputError`` for an image of one colour, or if all of them are the same: nothing can be calibrated on it."""
+    """Raise ``InputError`` for an image of one colour, or if all are the same: nothing can be calibrated on that."""
     for image, name in zip(images, names, strict=True):
         if (image == image[0, 0]).all():
             raise InputError(f"{what} {name} is blank", expected="a person", fix="remove it from the data set")
     if (images == images[0]).all():
-        raise InputError(f"every {what} {names[0]} … is the same", expected="different ones", fix="use other data")
+        raise InputError(
+            f"every {what}, {names[0]} first, is the same", expected="different ones", fix="use other data"
+        )
 
 
 def _source_kv(graph: Artifact, sources: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Which layers of an exported graph are quantized: decided by where they stand in it, never by the exporter's names.
 
-A *product* is a Conv, Gemm or MatMul; a *layer* is a product with weights. Two products are neighbours if nothing but cheap
-operations lies between them.
+A *product* is a Conv, Gemm or MatMul; a *layer* is a product with weights. Two products are neighbours if nothing but
+cheap operations lies between them.
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ def plan(model: onnx.ModelProto) -> Plan:
     These stay float, because an error there is not averaged out by what follows, or costs little to avoid:
 
     - attention: the products without weights;
-    - the first layers, reached by an input of the graph: convolutions of pictures, patch embeddings of every step (OpenVINO
-      2026.4 is off by 29 % where the concatenation of noise and pose and the embedding behind it are both quantized), and the
-      decoder's first ones, which the noise reaches by the sum over the steps;
+    - the first layers, reached by an input of the graph: convolutions of pictures, the patch embedding of every step
+      (OpenVINO 2026.4 is off by 29 % where the concatenation of noise and pose and the embedding behind it are both
+      quantized), and the decoder's first ones, which the noise reaches by the sum over the steps;
     - what is added to or joined with the noise: the head of every step and the last layer of the pose encoder;
     - the embedding of the source's patches: the first linear layer of all;
+    - convolutions of what was rearranged, such as unshuffled into channels: NNCF quantizes before the Reshape, and
+      there OpenVINO 2026.4 is off by 20 % unless its low-precision transformations are switched off;
     - the last layers, which write the picture.
 
     Raises:
-        ArtifactError: a rule that matches nothing, nothing left to quantize, or a layer that no input reaches: the embedding
-            of time and the modulations that follow from it must have been folded into constants.
+        ArtifactError: a rule that matches nothing, nothing left to quantize, or a layer that no input reaches: the
+            embedding of time and the modulations made from it must have been folded into constants.
     """
     weights = constants(model)
     products = {node.name: node for node in model.graph.node if node.op_type in PRODUCTS}
@@ -62,7 +64,7 @@ def plan(model: onnx.ModelProto) -> Plan:
         for other in before[output.name]
     }
     stem = _stem(model, layers)
-    kept = (set(products) - layers) | first | joined | (last & layers) | stem
+    kept = (set(products) - layers) | first | joined | (last & layers) | stem | _rearranged(model)
     for rule, found in {"attention": set(products) - layers, "first layers": first, "first linear layer": stem}.items():
         _require(found, rule, model)
     if any(output.type.tensor_type.elem_type == IMAGE for output in model.graph.output):
@@ -81,7 +83,7 @@ def constants(model: onnx.ModelProto) -> set[str]:
 
 
 def neighbours(model: onnx.ModelProto) -> dict[str, set[str]]:
-    """For every product (by name) and output: the products and graph inputs that reach it past cheap operations alone."""
+    """Product (by name) or output → the products and graph inputs that reach it past cheap operations alone."""
     reach: dict[str, set[str]] = {tensor.name: {tensor.name} for tensor in model.graph.input}
     before: dict[str, set[str]] = {}
     for node in model.graph.node:  # ONNX keeps nodes in topological order
@@ -103,6 +105,19 @@ def _stem(model: onnx.ModelProto, layers: set[str]) -> set[str]:
             found.add(node.name)
         if linear or preceded:
             behind |= set(node.output)
+    return found
+
+
+def _rearranged(model: onnx.ModelProto) -> set[str]:
+    """The convolutions with a Reshape or Transpose between them and the product before."""
+    moved: set[str] = set()
+    found: set[str] = set()
+    for node in model.graph.node:
+        touched = bool(moved & set(node.input))
+        if node.op_type == "Conv" and node.input[0] in moved:
+            found.add(node.name)
+        if node.op_type in ("Reshape", "Transpose") or (touched and node.op_type not in PRODUCTS):
+            moved |= set(node.output)
     return found
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rpfm_edge import artifact, assets
 from rpfm_edge import doctor as _doctor
@@ -18,9 +17,9 @@ from rpfm_edge.bundle import build as _build
 from rpfm_edge.errors import BackendError, ConfigError
 from rpfm_edge.image import save_png
 from rpfm_edge.metrics import Budget
-from rpfm_edge.pipeline import Pipeline
+from rpfm_edge.pipeline import Pipeline, require_engine
 from rpfm_edge.pose import read_pose
-from rpfm_edge.recipe import PRECISIONS, parse, read_toml
+from rpfm_edge.recipe import PRECISIONS, Precision, parse, read_toml
 from rpfm_edge.splits import open_splits
 from rpfm_edge.validate import validate as _validate
 
@@ -76,19 +75,23 @@ def quantize(
         raise ConfigError(f"unknown precision {precision!r}", expected=f"one of {PRECISIONS}", fix="check the spelling")
     source, out = assets.resolve(student), Path(out)
     kind = artifact.load(source, "student", "graph").kind
+    if steps is not None and (steps < 1 or kind == "graph"):
+        fix = "leave steps out, they are in the graph" if kind == "graph" else "give a positive number of steps"
+        raise ConfigError(f"{steps} steps for a {kind}", expected="at least 1, for a student", fix=fix)
+    if kind == "student" and precision == "fp32":
+        return _export(source, out, steps)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        graph = source
-        if kind == "student":
-            from distill.export import export
-
-            graph = Path(scratch) / "graph"
-            export(source, graph, steps)
-        if precision == "fp32" and kind == "student":
-            shutil.rmtree(out, ignore_errors=True)
-            graph.rename(out)
-            return artifact.load(out, "graph")
+        graph = _export(source, Path(scratch) / "graph", steps).path if kind == "student" else source
         return _quantize_graph(graph, data, out, precision, samples, seed, Path(scratch))
+
+
+def _export(student: Path, out: Path, steps: int | None) -> Artifact:
+    _require("torch", "distill")
+    from distill.export import export
+
+    made: Artifact = export(student, out, steps)
+    return made
 
 
 def _quantize_graph(
@@ -101,7 +104,7 @@ def _quantize_graph(
     if precision == "int8":
         recorded = scratch / "calibration.safetensors"
         calibrate.record(loaded, open_splits(data).training, recorded, count=samples, seed=seed)
-    return apply.quantize(loaded, precision, out, recorded)
+    return apply.quantize(loaded, cast(Precision, precision), out, recorded)
 
 
 def build(
@@ -128,7 +131,7 @@ def validate(
     _require("torch", "distill")
     _require("skimage", "validate")
     loaded = artifact.load(assets.resolve(bundle), "bundle")
-    backends = [backend] if backend else list(loaded.config["backends"])
+    backends = _backends(loaded, backend)
     limits = Budget.load(Path(budget)) if budget else Budget()
     return _validate(loaded, against, open_splits(data).test, backends, pairs, limits, seed)
 
@@ -140,12 +143,20 @@ def bench(bundle: str | Path, backend: str | None = None, runs: int = 50, second
     source, target = (int(i) for i in test.pairs[0])
     size = tuple(loaded.config["size"])
     pose = test.pose(target, size)
-    backends = [backend] if backend else list(loaded.config["backends"])
+    backends = _backends(loaded, backend)
     results = [bench_backend(loaded, name, test.image(source, size), pose, runs, seconds) for name in backends]
     evidence = {"backends": results}
     if backend is None:
         add_evidence(loaded, "speed", evidence)
     return evidence
+
+
+def _backends(bundle: Artifact, backend: str | None) -> list[str]:
+    """The one that was asked for, or all of the bundle; each is refused before anything slow if it cannot be used."""
+    names = [backend] if backend else list(bundle.config["backends"])
+    for name in names:
+        require_engine(bundle, name)
+    return names
 
 
 def render(

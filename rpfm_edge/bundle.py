@@ -50,11 +50,12 @@ def build(
 
 def add_evidence(bundle: Artifact, name: str, evidence: Mapping[str, Any]) -> Artifact:
     """Store ``evidence`` as ``evidence/NAME.json`` of a bundle; evidence is no part of the bundle's digest."""
-    file = bundle.path / EVIDENCE / f"{name}.json"
-    artifact.write_text(file, json.dumps(evidence, indent=1))
-    manifest = bundle.path / artifact.MANIFEST
+    file, manifest = f"{EVIDENCE}/{name}.json", bundle.path / artifact.MANIFEST
     record = json.loads(manifest.read_text(encoding="utf-8"))
-    record["files"][f"{EVIDENCE}/{name}.json"] = file_digest(file)
+    if record["files"].pop(file, None):  # the old one first: whenever this is killed, the bundle still verifies
+        artifact.write_text(manifest, json.dumps(record, indent=1))
+    artifact.write_text(bundle.path / file, json.dumps(evidence, indent=1))
+    record["files"][file] = file_digest(bundle.path / file)
     artifact.write_text(manifest, json.dumps(record, indent=1))
     return artifact.load(bundle.path, "bundle")
 

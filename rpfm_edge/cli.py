@@ -1,10 +1,11 @@
 """The command line: parses, calls ``rpfm_edge.api`` and prints. Exit codes: 0 good, 1 over the drift budget, 2 an
-error."""
+error, 130 interrupted."""
 
 from __future__ import annotations
 
 import errno
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Annotated, Any, Optional
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rpfm_edge import api
 from rpfm_edge.errors import RpfmError
@@ -24,11 +26,13 @@ app = typer.Typer(
     help="Distill, quantize and deploy RPFM.",
 )
 console = Console()
+INTERRUPTED = 130  # what a shell reports too
+FIXES = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some space", errno.EFBIG: "raise the limit of file sizes"}
 
 Data = Annotated[str, typer.Option(help="Root of a data set in one of DeepFashion's layouts, or 'sample'.")]
 Out = Annotated[Path, typer.Option(help="Where to write the result.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")]
-Seed = Annotated[int, typer.Option(help="Seed of every draw.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of every draw.")]
 Backend = Annotated[Optional[str], typer.Option(help="openvino, onnxruntime or torch; default: those of the bundle.")]  # noqa: UP045
 
 
@@ -127,7 +131,7 @@ def validate(
     evidence = api.validate(bundle, against, data, budget, backend, pairs, seed)
     _drift_table(evidence)
     for violation in evidence["violations"]:
-        console.print(f"[red]over budget[/red] {violation}")
+        console.print(Text("over budget", "red"), violation, soft_wrap=True)
     if json:
         _finish(evidence, json)
     raise typer.Exit(1 if evidence["violations"] else 0)
@@ -166,7 +170,7 @@ def render(
 ) -> None:
     """Render a person in a pose."""
     path = api.render(bundle, source, pose, out, backend)
-    _finish({"image": str(path)}, json) if json else console.print(f"wrote {path}")
+    _finish({"image": str(path)}, json) if json else _say(f"wrote {path}")
 
 
 @app.command()
@@ -196,7 +200,9 @@ def inspect(artifact: Annotated[str, typer.Argument(help="A path or a shipped na
 def run(recipe: Annotated[Path, typer.Argument(help="A TOML recipe.")], json: Json = False) -> None:
     """Run a recipe from teacher to report; what did not change is not run again."""
     result = api.run(recipe)
-    console.print(f"report  {result['report']}\npicture {result['picture']}", soft_wrap=True)
+    _say(f"report  {result['report']}\npicture {result['picture']}")
+    for violation in result["violations"]:
+        console.print(Text("over budget", "red"), violation, soft_wrap=True)
     if json:
         _finish(result, json)
     raise typer.Exit(1 if result["violations"] else 0)
@@ -229,12 +235,26 @@ def _median(statistics: Mapping[str, float] | None) -> str:
 
 def _made(artifact: Any, as_json: bool) -> None:
     record = {"path": str(artifact.path), "kind": artifact.kind, "digest": artifact.digest}
-    _finish(record, as_json) if as_json else console.print(f"wrote {artifact.kind} {artifact.path}", soft_wrap=True)
+    _finish(record, as_json) if as_json else _say(f"wrote {artifact.kind} {artifact.path}")
 
 
 def _finish(record: Mapping[str, Any], as_json: bool) -> None:
     assert as_json
-    print(json.dumps(record, default=str), flush=True)
+    print(json.dumps(_finite(record), default=str, allow_nan=False), flush=True)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows neither infinity (the PSNR of equal images) nor nan: both become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def _say(text: str) -> None:
+    """Print a line as it is: paths may hold brackets, and are not broken."""
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def main() -> None:
@@ -243,16 +263,19 @@ def main() -> None:
         app()
     except RpfmError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        _fail("interrupted; finished stages are kept.")
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            _fail("interrupted; finished stages are kept.", INTERRUPTED)
+        raise
     except OSError as error:
-        fix = "free some space" if error.errno == errno.ENOSPC else "check the path and its permissions"
-        _fail(f"{error.filename or 'the disk'}: {error.strerror or error}; {fix}.")
+        fix = FIXES.get(error.errno or 0, "check the path and its permissions")
+        culprit = error.filename2 or error.filename or "the disk"  # the second is where a copy goes
+        _fail(f"{culprit}: {error.strerror or error}; {fix}.")
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, code: int = 2) -> None:
     Console(stderr=True).print(f"rpfm-edge: {message}", soft_wrap=True, markup=False, highlight=False)
-    sys.exit(2)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from rpfm_edge.artifact import Artifact
 from rpfm_edge.errors import BackendError, InputError
 from rpfm_edge.image import load_image
 from rpfm_edge.pose import check_pose, draw_skeleton
-from rpfm_edge.runtime import Session
+from rpfm_edge.runtime import Runtime, Session
 
 Image = np.ndarray  # (H, W, 3) uint8 RGB
 
@@ -26,6 +26,20 @@ class Person:
 
     source_kv: np.ndarray
     bundle_digest: str
+
+
+def require_engine(bundle: Artifact, backend: str) -> Runtime:
+    """The backend, installed and with an engine in ``bundle``; raises ``BackendError`` otherwise."""
+    import runtimes
+
+    runtime, backends = runtimes.load(backend), bundle.config["backends"]
+    if backend not in backends:
+        raise BackendError(
+            f"{bundle.path} has no engine for {backend}",
+            expected=f"one of {sorted(backends)}",
+            fix=f"run: rpfm-edge build {bundle.path} --target {backend} --out {bundle.path}",
+        )
+    return runtime
 
 
 class Pipeline:
@@ -52,18 +66,10 @@ class Pipeline:
             ArtifactError: the bundle is missing, damaged or another kind of artifact.
             BackendError: the bundle has no engine for ``backend``, or its library is not installed.
         """
-        import runtimes
-
         loaded = artifact.load(assets.resolve(bundle), "bundle")
         backends = loaded.config["backends"]
         name = backend or next(iter(backends))
-        runtime = runtimes.load(name)
-        if name not in backends:
-            raise BackendError(
-                f"{bundle} has no engine for {name}",
-                expected=f"one of {sorted(backends)}",
-                fix=f"run: rpfm-edge build {bundle} --target {name} --out {bundle}",
-            )
+        runtime = require_engine(loaded, name)
         with ExitStack() as stack:
             prepare, frame = (
                 stack.enter_context(

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from rpfm_edge.errors import ConfigError
 
@@ -15,7 +16,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-PRECISIONS = ("fp32", "fp16", "int8")
+Precision = Literal["fp32", "fp16", "int8"]
+PRECISIONS = get_args(Precision)
+Backend = Literal["openvino", "onnxruntime", "torch"]
 T = TypeVar("T")
 
 
@@ -29,7 +32,7 @@ class TeacherTable:
     autoencoder_seconds: float = 780.0
     seconds: float = 3300.0
     guidance_scale: float = 1.5
-    guidance_schedule: str = "constant"
+    guidance_schedule: Literal["constant", "power-cosine", "interval"] = "constant"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,7 @@ class DistillTable:
     """How the student is distilled; ``skip`` leaves the stage out (then [student] must name an artifact)."""
 
     skip: bool = False
-    method: str = "flowmap"
+    method: Literal["reflow", "flowmap", "endpoint"] = "flowmap"
     steps: int = 4
     trajectories: int = 2048
     store_seconds: float | None = None
@@ -59,8 +62,8 @@ class StudentTable:
 class QuantizeTable:
     """``precision`` is the bundle's; ``also`` are further ones to report drift and speed for."""
 
-    precision: str = "int8"
-    also: tuple[str, ...] = ("fp32", "fp16")
+    precision: Precision = "int8"
+    also: tuple[Precision, ...] = ("fp32", "fp16")
     samples: int = 64
 
 
@@ -68,7 +71,7 @@ class QuantizeTable:
 class BuildTable:
     """``targets`` in order of preference; options per backend in [build.openvino] and so on."""
 
-    targets: tuple[str, ...] = ("openvino", "onnxruntime")
+    targets: tuple[Backend, ...] = ("openvino", "onnxruntime")
     openvino: Mapping[str, Any] = field(default_factory=dict)
     onnxruntime: Mapping[str, Any] = field(default_factory=dict)
     torch: Mapping[str, Any] = field(default_factory=dict)
@@ -123,11 +126,6 @@ def load_recipe(path: Path | str) -> Recipe:
         raise ConfigError(
             f"{path} makes no student", expected="[distill], or [student] artifact", fix="add one of them"
         )
-    for precision in (recipe.quantize.precision, *recipe.quantize.also):
-        if precision not in PRECISIONS:
-            raise ConfigError(
-                f"{path}: precision {precision!r}", expected=f"one of {PRECISIONS}", fix="correct [quantize]"
-            )
     return recipe
 
 
@@ -162,20 +160,39 @@ def parse(kind: type[T], table: Mapping[str, Any], where: str) -> T:
 
 
 def _checked(hint: Any, value: Any, where: str) -> Any:
-    text = str(hint)
-    if isinstance(value, list) and "tuple" in text:
-        return tuple(value)
-    accepted: dict[str, tuple[type, ...]] = {
-        "str": (str,),
-        "int": (int,),
-        "float": (int, float),
-        "bool": (bool,),
-        "Mapping": (Mapping,),
-    }
-    kinds = [kind for name, found in accepted.items() if name in text for kind in found]
-    is_bool_for_number = isinstance(value, bool) and "bool" not in text
-    if is_bool_for_number or not any(isinstance(value, kind) for kind in kinds):
-        raise ConfigError(
-            f"{where} = {value!r}", expected=text.replace("<class ", "").strip("<>"), fix="correct the value"
+    if not _fits(hint, value):
+        raise ConfigError(f"{where} = {value!r}", expected=_words(hint), fix="correct the value")
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether a value read from TOML is of a type: lists stand for tuples, integers do for floats, booleans do not."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(one, value) for one in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        hints = arguments[:1] * len(value) if Ellipsis in arguments and isinstance(value, list | tuple) else arguments
+        return (
+            isinstance(value, list | tuple)
+            and len(value) == len(hints)
+            and all(_fits(one, entry) for one, entry in zip(hints, value, strict=True))
         )
-    return value
+    if origin is Mapping:
+        return isinstance(value, Mapping)
+    return type(value) in ((int, float) if hint is float else (hint,))
+
+
+def _words(hint: Any) -> str:
+    """A type as a reader of TOML knows it."""
+    origin, arguments = get_origin(hint), [one for one in get_args(hint) if one is not type(None)]
+    if origin in (Union, UnionType):
+        return " or ".join(_words(one) for one in arguments)
+    if origin is Literal:
+        return f"one of {arguments}"
+    if origin is tuple:
+        kinds = dict.fromkeys(_words(one) for one in arguments if one is not Ellipsis)
+        return f"a list{'' if Ellipsis in arguments else f' of {len(arguments)}'}, each {' or '.join(kinds)}"
+    names = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
+    return names.get(hint, "a table")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,6 +44,10 @@ class Stages:
             console.print(f"[dim]{name}: unchanged[/dim]")
             return out, False
         console.print(f"[bold]{name}[/bold]")
+        begun = self.folder / "stages" / f"{name}.begun.json"
+        if _recorded(begun) != {"key": key}:  # unfinished work of another config must not be continued
+            shutil.rmtree(out.with_name(out.name + ".work"), ignore_errors=True)
+            write_text(begun, json.dumps({"key": key}))
         make()
         write_text(record, json.dumps({"key": key, "digest": identity(out)}))
         return out, True
@@ -95,9 +100,8 @@ def run_recipe(path: Path) -> dict[str, Any]:
     stages.once("evidence", judged, inputs, evidence, lambda: judge(recipe, teacher, student, bundles, evidence))
 
     picture, bundle = out / "render.png", out / "bundle"
-    stages.once(
-        "render", config["render"], {"bundle": bundle}, picture, lambda: render_picture(recipe, bundle, picture)
-    )
+    shown = {"bundle": bundle, "data": recipe.data} | {k: v for k, v in config["render"].items() if v}
+    stages.once("render", config["render"], shown, picture, lambda: render_picture(recipe, bundle, picture))
     sources: dict[str, str | Path] = {"evidence": evidence, "picture": picture, "gain": out / "gain.json"}
     page = out / "report.html"
     stages.once("report", config, sources, page, lambda: write_page(recipe, path, teacher, student, distilled, page))
@@ -148,7 +152,7 @@ def _quantize(recipe: Recipe, stages: Stages, student: str) -> dict[str, Path]:
     stages.once(
         "export", steps, {"student": student}, fp32, lambda: api.quantize(student, recipe.data, fp32, "fp32", steps)
     )
-    graphs = {}
+    graphs: dict[str, Path] = {}
     for precision in dict.fromkeys((*recipe.quantize.also, recipe.quantize.precision)):
         out = folder / precision
         if precision != "fp32":
@@ -168,7 +172,7 @@ def _quantize(recipe: Recipe, stages: Stages, student: str) -> dict[str, Path]:
 def _build(recipe: Recipe, stages: Stages, precision: str, graph: Path) -> Path:
     chosen = precision == recipe.quantize.precision
     out = stages.folder / "bundle" if chosen else stages.folder / "bundles" / precision
-    options = {name: dict(getattr(recipe.build, name)) for name in recipe.build.targets}
+    options: dict[str, dict[str, Any]] = {name: dict(getattr(recipe.build, name)) for name in recipe.build.targets}
     targets = list(recipe.build.targets)
     stages.once(
         f"build-{precision}", [targets, options], {"graph": graph}, out, lambda: api.build(graph, out, targets, options)

@@ -14,7 +14,7 @@ from rpfm_edge import measure, metrics
 from rpfm_edge.artifact import Artifact
 from rpfm_edge.bundle import add_evidence
 from rpfm_edge.data import Split
-from rpfm_edge.errors import InputError
+from rpfm_edge.errors import ConfigError, InputError
 from rpfm_edge.metrics import Budget
 from rpfm_edge.pipeline import Pipeline
 from rpfm_edge.pose import draw_skeleton
@@ -37,6 +37,8 @@ def draw_pairs(split: Split, count: int, size: tuple[int, int], latent_shape: It
 
     Pairs without a visible joint in the target are left out.
     """
+    if count < 1:
+        raise ConfigError(f"{count} pairs", expected="at least 1", fix="ask for more, such as 32")
     rng = np.random.default_rng(seed)
     visible = [pair for pair in split.pairs if np.isfinite(split.keypoints[pair[1]]).any()]
     if not visible:

@@ -1,0 +1,151 @@
+"""Graph → graph in another precision, checked against the graph it came from before it is kept."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import onnx
+
+from quantize import calibrate
+from quantize.calibrate import Samples
+from quantize.execute import Graph
+from quantize.float16 import to_float16
+from quantize.int8 import Int8Config, to_int8
+from rpfm_edge import artifact
+from rpfm_edge.artifact import Artifact, Stage, tool_versions
+from rpfm_edge.errors import ArtifactError, ConfigError, ParityError
+from rpfm_edge.metrics import psnr_db
+from rpfm_edge.signature import Feeds
+
+Precision = Literal["fp32", "fp16", "int8"]
+GRAPHS = ("prepare", "frame")
+TOOLS = ("nncf", "onnx", "onnxruntime")
+FLOAT_ONLY = ("factory", "student", "parity_max_abs")  # of the config: true of the exported graph alone
+
+# Least PSNR of the image, in dB, against the float graph. It catches what is broken; the drift budget judges what is
+# good. FP16: one grey level of error everywhere is 48 dB; 40 dB, 2.5 levels, is no rounding any more. INT8: published
+# few-step transformers keep 22 to 27 dB with 8-bit weights and activations (deepcompressor, against their own FP16).
+FLOORS = {"fp16": 40.0, "int8": 20.0}
+
+
+def quantize(
+    graph: Artifact,
+    precision: Precision,
+    out: Path,
+    samples: Path | None = None,
+    options: Int8Config | None = None,
+) -> Artifact:
+    """Write ``graph`` in ``precision`` to ``out``: a graph artifact with the same signatures and noise.
+
+    "fp32" is a copy. "fp16" and "int8" leave the float student behind: no backend can run it in the graph's stead.
+
+    Args:
+        samples: from ``calibrate.record`` with this very graph; needed for int8. Without them fp16 is checked on
+            random pictures.
+        options: of int8.
+
+    Raises:
+        ConfigError: an unknown precision, or int8 without samples.
+        ArtifactError: no graph, one that is quantized already, samples of another graph.
+        ParityError: images too far from those of ``graph``, or values that are not finite; nothing is written then.
+    """
+    _check_request(graph, precision, samples)
+    options = options or Int8Config()
+    recorded = calibrate.load(samples) if samples else None
+    if recorded:
+        recorded.check(graph)
+    inputs = {"graph": graph.digest} | ({"samples": recorded.sha256} if recorded else {})
+    settings: dict[str, Any] = {"precision": precision} | (asdict(options) if precision == "int8" else {})
+    with artifact.replacing_folder(out) as folder:
+        if precision == "fp32":
+            _copy(graph, folder, tuple(graph.files))
+            config = dict(graph.config)
+        else:
+            counts = _convert(graph, precision, folder, recorded, options)
+            settings["psnr_db"] = _check(graph, folder, recorded, precision)
+            config = {key: value for key, value in graph.config.items() if key not in FLOAT_ONLY}
+            config |= {"precision": precision} | ({"int8_layers": counts} if precision == "int8" else {})
+        stage = Stage("quantize", settings, tool_versions(*TOOLS), inputs)
+        artifact.seal(folder, "graph", config, graph.signatures, (*graph.lineage, stage))
+    return artifact.load(out, "graph")
+
+
+def _check_request(graph: Artifact, precision: str, samples: Path | None) -> None:
+    if precision not in get_args(Precision):
+        raise ConfigError(
+            f"unknown precision {precision!r}", expected=f"one of {get_args(Precision)}", fix="check the spelling"
+        )
+    if graph.kind != "graph":
+        raise ArtifactError(f"{graph.path} is a {graph.kind}", expected="a graph", fix="export the student first")
+    if graph.config["precision"] != "fp32":
+        raise ArtifactError(
+            f"{graph.path} is in {graph.config['precision']} already",
+            expected="an fp32 graph",
+            fix="start from the export",
+        )
+    if precision == "int8" and samples is None:
+        raise ConfigError("int8 without calibration samples", expected="a file of samples", fix="record some first")
+
+
+def _convert(
+    graph: Artifact, precision: str, folder: Path, samples: Samples | None, options: Int8Config
+) -> dict[str, dict[str, int]]:
+    """Write both graphs and the noise; returns the INT8 layers by graph and kind."""
+    counts = {}
+    for name in GRAPHS:
+        model = onnx.load(graph.file(f"{name}.onnx"))
+        if precision == "int8":
+            assert samples is not None
+            model, counts[name] = to_int8(model, samples.feeds(name), options)
+        else:
+            model = to_float16(model)
+        onnx.save(model, folder / f"{name}.onnx")
+    _copy(graph, folder, ("noise.npy",))
+    return counts
+
+
+def _copy(graph: Artifact, folder: Path, files: tuple[str, ...]) -> None:
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(graph.file(name), folder / name)
+
+
+def _check(graph: Artifact, folder: Path, samples: Samples | None, precision: str) -> float:
+    """Least PSNR over two samples, source to image, of the graphs in ``folder`` against the float ones."""
+    exact, ours = ({name: Graph(where / f"{name}.onnx") for name in GRAPHS} for where in (graph.path, folder))
+    worst = float("inf")
+    for source, rest in _trials(graph, samples):
+        known, source_kv = (graphs["prepare"](source) for graphs in (exact, ours))
+        if not np.isfinite(source_kv).all():
+            raise _refused(precision, "gives values that are not finite", "finite ones")
+        expected, image = (
+            graphs["frame"]({**rest, "source_kv": kv})[0] for graphs, kv in ((exact, known), (ours, source_kv))
+        )
+        worst = min(worst, psnr_db(expected, image))
+    if not worst >= FLOORS[precision]:
+        raise _refused(precision, f"is {worst:.1f} dB from the float graph", f"at least {FLOORS[precision]:g} dB")
+    return round(worst, 2)
+
+
+def _refused(precision: str, problem: str, expected: str) -> ParityError:
+    fix = "calibrate with more samples or other options" if precision == "int8" else "stay with fp32"
+    return ParityError(f"the {precision} graph {problem}", expected=expected, fix=fix)
+
+
+def _trials(graph: Artifact, samples: Samples | None) -> Iterator[tuple[Feeds, Feeds]]:
+    """Two pairs of feeds, of prepare and of frame without its keys and values."""
+    for place in (0, -1):
+        if samples:
+            pose, noise = samples.pose[place], samples.noise[place]
+            source = samples.source[samples.index[place]]
+        else:
+            rng = np.random.default_rng(-place)
+            shape = graph.signatures["prepare"].inputs[0].shape[1:]
+            source, pose = (rng.integers(0, 256, shape, dtype=np.uint8) for _ in range(2))
+            noise = np.load(graph.file("noise.npy"), allow_pickle=False)[0]
+        yield {"source": source[None]}, {"pose": pose[None], "noise": noise[None]}

@@ -1,0 +1,117 @@
+"""Autoencoders: the principal-component start against numpy, normalised latents, training, and diffusers' VAE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from distill import autoencoder as autoencoders
+from distill.autoencoder import (
+    AutoencoderTraining,
+    KLAutoencoder,
+    SmallAutoencoder,
+    SmallAutoencoderConfig,
+    load_kl,
+    set_principal_components,
+    train_autoencoder,
+)
+from distill.train import TrainConfig
+from rpfm_edge.data import open_split, sample_root
+from rpfm_edge.errors import ConfigError
+from rpfm_edge.image import to_model
+
+TINY = SmallAutoencoderConfig(latent_channels=6, widths=(8, 8, 16))
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    """12 pictures of the sample, (n, 64, 48, 3) uint8."""
+    return open_split(sample_root(), "test").images(range(0, 96, 8), (64, 48))
+
+
+def test_starts_as_the_principal_components_of_its_patches(images: np.ndarray) -> None:
+    """Reconstruction error equals what numpy's SVD leaves over: the best that six linear numbers per patch can do."""
+    autoencoder = SmallAutoencoder(TINY)
+    x = torch.from_numpy(to_model(images))
+    set_principal_components(autoencoder, x)
+    with torch.no_grad():
+        error = float((autoencoder.decode(autoencoder.encode(x)) - x).square().sum())
+    patches = (
+        to_model(images).reshape(12, 3, 8, 8, 6, 8).transpose(0, 2, 4, 1, 3, 5).reshape(-1, 192).astype(np.float64)
+    )
+    singular = np.linalg.svd(patches - patches.mean(0), compute_uv=False)
+    assert error == pytest.approx((singular[6:] ** 2).sum(), rel=1e-3)
+
+
+def test_training_beats_the_linear_start_and_normalises(images: np.ndarray, tmp_path: Path) -> None:
+    x = torch.from_numpy(to_model(images))
+    start = SmallAutoencoder(TINY)
+    set_principal_components(start, x)
+    config = AutoencoderTraining(
+        TrainConfig(steps=120, lr=4e-3, warmup_steps=10, ema=0.95, precision="no"), crop_width=48
+    )
+    trained, _ = train_autoencoder(SmallAutoencoder(TINY), lambda i: images[i], len(images), config, tmp_path / "c")
+    with torch.no_grad():
+        before, after = (float((a.decode(a.encode(x)) - x).square().mean()) for a in (start, trained))
+        latents = trained.encode(x)
+    assert after < 0.9 * before
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(6), atol=1e-4, rtol=0)
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(6), atol=1e-3, rtol=0)
+
+
+def test_description_rebuilds_the_architecture() -> None:
+    original = SmallAutoencoder(TINY)
+    again = autoencoders.create(autoencoders.describe(original))
+    assert {k: v.shape for k, v in original.state_dict().items()} == {k: v.shape for k, v in again.state_dict().items()}
+
+
+def test_the_default_decoder_is_cheap() -> None:
+    """At most 2.5 GFLOP for 256 × 176, counted by torch."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        SmallAutoencoder(SmallAutoencoderConfig()).decode(torch.zeros(1, 8, 32, 22))
+    assert 0 < counter.get_total_flops() <= 2.5e9
+
+
+@pytest.fixture(scope="module")
+def kl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small AutoencoderKL as diffusers saves it, with a scaling factor and a shift."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        latent_channels=4,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+    )
+    folder = tmp_path_factory.mktemp("vae")
+    vae.save_pretrained(folder)
+    return folder
+
+
+def test_kl_honours_scale_and_shift(kl_folder: Path, images: np.ndarray) -> None:
+    from diffusers import AutoencoderKL
+
+    x = torch.from_numpy(to_model(images[:2]))
+    ours, theirs = load_kl(kl_folder), AutoencoderKL.from_pretrained(kl_folder).eval()
+    with torch.no_grad():
+        mode = theirs.encode(x).latent_dist.mode()
+        torch.testing.assert_close(ours.encode(x), (mode - 0.1159) * 0.3611)
+        torch.testing.assert_close(ours.decode(ours.encode(x)), theirs.decode(mode).sample, atol=1e-4, rtol=1e-3)
+    assert (ours.latent_channels, ours.factor) == (4, 4)
+    rebuilt = autoencoders.create(autoencoders.describe(ours))
+    assert isinstance(rebuilt, KLAutoencoder)
+    rebuilt.load_state_dict(ours.state_dict())
+
+
+def test_kl_folder_without_a_vae(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no AutoencoderKL"):
+        load_kl(tmp_path)

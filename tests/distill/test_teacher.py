@@ -1,0 +1,149 @@
+"""The teacher: guidance, the artifact, factories, batches, and that flow matching learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from distill.rpfm import RPFM
+from distill.teacher import (
+    FlowMatchingConfig,
+    Guidance,
+    RPFMTeacher,
+    encode_pose,
+    load_teacher,
+    sample_teacher,
+    save_teacher,
+    train_teacher,
+)
+from distill.train import TrainConfig
+from rpfm_edge.data import draw_batch
+from rpfm_edge.errors import ArtifactError, ConfigError
+from rpfm_edge.pose import draw_skeleton, flip
+from tests.distill.tiny import NETWORK, SIZE, toy_data, toy_teacher
+
+
+@pytest.fixture(scope="module")
+def conditions(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Two sources with two targets each, and noise."""
+    teacher = toy_teacher()
+    data = toy_data(teacher, tmp_path_factory.mktemp("cache"))
+    batch = data.batch(*draw_batch(data.split, 2, 2, np.random.default_rng(0)))
+    noise = torch.randn(4, *teacher.latent_shape, generator=torch.Generator().manual_seed(1))
+    return SimpleNamespace(teacher=teacher, data=data, batch=batch, noise=noise)
+
+
+def test_guidance_is_null_plus_scale_times_difference(conditions: SimpleNamespace) -> None:
+    network, batch, x = conditions.teacher.network, conditions.batch, conditions.noise
+    time = torch.full((4,), 0.3)
+    with torch.no_grad():
+        pose = encode_pose(network, conditions.teacher.autoencoder, batch.pose)
+        source_kv = network.source_kv(batch.source.repeat_interleave(2, 0))
+        null_kv = network.source_kv(batch.source.repeat_interleave(2, 0), torch.zeros(4, dtype=torch.bool))
+        conditional = network(x, time, pose, source_kv)
+        null = network(x, time, torch.zeros_like(pose), null_kv)
+    got = conditions.teacher.velocity(x, 0.3, conditions.teacher.condition(batch.source, batch.pose))
+    torch.testing.assert_close(got, null + 1.5 * (conditional - null), atol=1e-5, rtol=1e-4)
+
+
+def test_scale_one_is_the_conditional_velocity_and_costs_one_evaluation(conditions: SimpleNamespace) -> None:
+    teacher = toy_teacher(scale=1.0)
+    calls = []
+    teacher.network.register_forward_hook(lambda *_: calls.append(1))
+    teacher.velocity(conditions.noise, 0.3, teacher.condition(conditions.batch.source, conditions.batch.pose))
+    assert len(calls) == 1
+
+
+def test_interval_schedule_guides_in_the_middle_only(conditions: SimpleNamespace) -> None:
+    guided, plain = toy_teacher(3.0, "interval"), toy_teacher(1.0)
+    condition = guided.condition(conditions.batch.source, conditions.batch.pose)
+    for t, same in ((0.1, True), (0.5, False), (0.9, True)):
+        a, b = (teacher.velocity(conditions.noise, t, condition) for teacher in (guided, plain))
+        assert torch.equal(a, b) is same
+
+
+def test_batches_hold_what_the_data_set_says(conditions: SimpleNamespace) -> None:
+    data = conditions.data
+    batch = data.batch(np.array([0]), np.array([[1, 2]]), np.array([True]))
+    torch.testing.assert_close(batch.source[0], data.latents[1, 0].float())
+    torch.testing.assert_close(batch.target[1], data.latents[1, 2].float())
+    drawn = draw_skeleton(flip(data.split.pose(2, SIZE), SIZE[1]), SIZE)
+    np.testing.assert_array_equal(np.rint((batch.pose[1].numpy().transpose(1, 2, 0) + 1) * 127.5), drawn)
+
+
+def test_flow_matching_learns_to_reach_the_target(conditions: SimpleNamespace, tmp_path: Path) -> None:
+    """A network trained on few pairs for a few seconds samples nearer to their targets than the mean picture is."""
+    teacher, data = conditions.teacher, conditions.data
+    torch.manual_seed(0)
+    train = TrainConfig(steps=250, lr=3e-3, warmup_steps=20, ema=0.95, precision="no")
+    config = FlowMatchingConfig(train=train, sources=4, targets_per_source=4, condition_dropout=0.0)
+    network, history = train_teacher(RPFM(NETWORK), teacher.autoencoder, data, config, tmp_path / "c")
+    assert np.mean(history.losses[-20:]) < 0.6 * np.mean(history.losses[:5])
+    learnt = RPFMTeacher(network, teacher.autoencoder, Guidance(1.0), SIZE)
+    batch = data.batch(*draw_batch(data.split, 4, 4, np.random.default_rng(5)))
+    noise = torch.randn(16, *learnt.latent_shape)
+    made = sample_teacher(learnt, noise, learnt.condition(batch.source, batch.pose), 8)
+    error = (made - batch.target).square().mean()
+    assert error < (data.latents.float().mean((0, 1)) - batch.target).square().mean()
+
+
+def test_artifact_round_trip(conditions: SimpleNamespace, tmp_path: Path) -> None:
+    saved = save_teacher(conditions.teacher, tmp_path / "t", ())
+    again = load_teacher(saved.path)
+    a, b = (t.condition(conditions.batch.source, conditions.batch.pose) for t in (conditions.teacher, again))
+    torch.testing.assert_close(
+        again.velocity(conditions.noise, 0.5, b), conditions.teacher.velocity(conditions.noise, 0.5, a)
+    )
+    assert again.guidance == Guidance(1.5, "constant")
+
+
+def test_truncated_weights_are_refused(conditions: SimpleNamespace, tmp_path: Path) -> None:
+    save_teacher(conditions.teacher, tmp_path / "t", ())
+    file = tmp_path / "t" / "network.safetensors"
+    file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(ArtifactError, match="altered or cut short"):
+        load_teacher(tmp_path / "t")
+
+
+def gaussian_teacher() -> SimpleNamespace:
+    """A teacher that is no RPFM: the exact flow to N(0.5, 0.5²), whatever the condition."""
+
+    def velocity(x: torch.Tensor, t: float, condition: object) -> torch.Tensor:
+        variance = (1 - t) ** 2 + (0.5 * t) ** 2
+        return 0.5 + (t * 0.25 - (1 - t)) / variance * (x - 0.5 * t)
+
+    toy = toy_teacher()
+    return SimpleNamespace(
+        autoencoder=toy.autoencoder,
+        latent_shape=toy.latent_shape,
+        size=SIZE,
+        condition=lambda source, pose: None,
+        velocity=velocity,
+    )
+
+
+def test_any_factory_with_the_velocity_contract_is_a_teacher() -> None:
+    teacher = load_teacher("tests.distill.test_teacher:gaussian_teacher")
+    noise = torch.randn(4, *teacher.latent_shape, dtype=torch.float64)
+    end = sample_teacher(teacher, noise, None, 400, "heun")
+    torch.testing.assert_close(end, 0.5 + 0.5 * noise, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("spec", ["no_such_package:factory", "math:no_such_function"])
+def test_factory_that_is_not_there(spec: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be imported"):
+        load_teacher(spec)
+
+
+def incomplete() -> SimpleNamespace:
+    """A factory whose teacher lacks most of the contract."""
+    return SimpleNamespace(velocity=None)
+
+
+def test_factory_without_the_contract() -> None:
+    with pytest.raises(ConfigError, match="has no autoencoder, latent_shape, size, condition"):
+        load_teacher("tests.distill.test_teacher:incomplete")

@@ -1,0 +1,584 @@
+"""The command line: every user fault is one sentence with its fix and exit code 2; results are one line of JSON."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import runtimes
+from distill import rpfm
+from rpfm_edge import api, artifact, cli
+from rpfm_edge.artifact import Artifact, file_digest
+from rpfm_edge.bundle import add_evidence
+from rpfm_edge.errors import ArtifactError, InputError, SignatureError
+from rpfm_edge.pipeline import Pipeline
+from tests.distill.tiny import SIZE
+from tests.toy import make_teacher, write_inputs
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Call = Callable[..., Ended]
+
+
+@pytest.fixture(scope="module")
+def made(tiny_student: Artifact, tiny_graph: Artifact, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Toy artifacts and inputs; shared, so tests work on copies of what they change."""
+    folder = tmp_path_factory.mktemp("made")
+    source, pose = write_inputs(folder)
+    paths = {"student": tiny_student.path, "graph": tiny_graph.path, "source": source, "pose": pose}
+    paths["teacher"] = make_teacher(folder / "teacher")
+    paths["bundle"] = api.build(tiny_graph.path, folder / "bundle", "onnxruntime").path
+    return paths
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
+    """Run a command line in this process as its entry point does."""
+
+    def run(*arguments: Any) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["rpfm-edge", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return Ended(int(end.value.code or 0), *capfd.readouterr())
+
+    return run
+
+
+def is_fault(ended: Ended, *words: str) -> None:
+    """One sentence on standard error, which names the culprit and ends with a fix, and exit code 2."""
+    assert (ended.code, ended.out) == (2, ""), ended
+    assert ended.err.startswith("rpfm-edge: "), ended.err
+    assert ended.err.count("\n") == 1, ended.err
+    assert ended.err.endswith(".\n"), ended.err
+    assert "; " in ended.err, ended.err
+    for word in words:
+        assert word in ended.err
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file below a folder with its digest, hidden ones included."""
+    return {str(path.relative_to(folder)): file_digest(path) for path in folder.rglob("*") if path.is_file()}
+
+
+def render(call: Call, made: dict[str, Path], out: Path, **changes: Any) -> Ended:
+    """Render with some of the arguments changed."""
+    given = {"bundle": made["bundle"], "source": made["source"], "pose": made["pose"]} | changes
+    bundle = given.pop("bundle")
+    return call("render", bundle, *(word for name in given for word in (f"--{name}", given[name])), "--out", out)
+
+
+# Pictures and poses ---------------------------------------------------------------------------------------------------
+
+
+def huge_png() -> bytes:
+    """The start of a PNG of 60 000 × 60 000 pixels."""
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sIIBBBBB", 13, b"IHDR", 60_000, 60_000, 8, 2, 0, 0, 0) + bytes(4)
+
+
+PICTURES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "empty": (lambda png: b"", "no picture"),
+    "text": (lambda png: b"this is no picture\n", "no picture"),
+    "cut short": (lambda png: png[: len(png) // 2], "cut short"),
+    "huge": (lambda png: huge_png(), "60000 × 60000"),
+}
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+def test_a_picture_that_cannot_be_used(call: Call, made: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    change, word = PICTURES[kind]
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(change(made["source"].read_bytes()))
+    is_fault(render(call, made, tmp_path / "out.png", source=picture), str(picture), word)
+    assert list(contents(tmp_path)) == ["picture.png"]
+
+
+def test_a_jpeg_that_was_cut_short(call: Call, made: dict[str, Path], tmp_path: Path) -> None:
+    whole = cv2.imencode(".jpg", cv2.imread(str(made["source"])))[1].tobytes()
+    picture = tmp_path / "picture.jpg"
+    picture.write_bytes(whole[: len(whole) * 2 // 3])
+    is_fault(render(call, made, tmp_path / "out.png", source=picture), str(picture), "cut short")
+
+
+@pytest.mark.parametrize("name", ["absent.png", "."])
+def test_a_picture_that_is_no_file(call: Call, made: dict[str, Path], tmp_path: Path, name: str) -> None:
+    is_fault(render(call, made, tmp_path / "out.png", source=tmp_path / name), "no image file", str(tmp_path))
+
+
+def points(changes: dict[int, Any]) -> str:
+    """A pose of 18 points in the picture, some of them changed."""
+    rows: list[Any] = [[10.0 + k, 20.0 + k] for k in range(18)]
+    for index, row in changes.items():
+        rows[index] = row
+    return json.dumps({"keypoints": rows})
+
+
+POSES = {
+    "five points": (json.dumps({"keypoints": [[1, 2]] * 5}), "5 entries"),
+    "19 points": (json.dumps({"keypoints": [[1, 2]] * 19}), "19 entries"),
+    "17 COCO pairs": (json.dumps({"keypoints": [[1, 2]] * 17}), "COCO"),
+    "outside": (points({4: [48.5, 20]}), "keypoint 4 (right_wrist)"),
+    "far outside": (points({0: [20, -1e9]}), "keypoint 0 (nose)"),
+    "half a nan": (points({3: [float("nan"), 20]}), "keypoint 3 (right_elbow)"),
+    "infinity": (points({3: [float("inf"), 20]}), "keypoint 3 (right_elbow)"),
+    "only nan": (json.dumps({"keypoints": [[float("nan")] * 2] * 18}), "nobody"),
+    "nobody": (json.dumps({"people": []}), "nobody"),
+    "no JSON": ("keypoints: 18", "no JSON"),
+    "empty": ("", "no JSON"),
+    "another object": ('{"a": 1}', "no known pose format"),
+}
+
+
+@pytest.mark.parametrize("kind", POSES)
+def test_a_pose_that_cannot_be_used(call: Call, made: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    text, word = POSES[kind]
+    pose = tmp_path / "pose.json"
+    pose.write_text(text)
+    is_fault(render(call, made, tmp_path / "out.png", pose=pose), word)
+    assert list(contents(tmp_path)) == ["pose.json"]
+
+
+def test_a_pose_that_is_missing(call: Call, made: dict[str, Path], tmp_path: Path) -> None:
+    is_fault(render(call, made, tmp_path / "out.png", pose=tmp_path / "absent.json"), "absent.json")
+
+
+def test_a_picture_is_written_as_png_only(call: Call, made: dict[str, Path], tmp_path: Path) -> None:
+    is_fault(render(call, made, tmp_path / "out.gif"), "out.gif")
+    assert not contents(tmp_path)
+
+
+# Artifacts ------------------------------------------------------------------------------------------------------------
+
+ENGINE = "engines/onnxruntime/frame/model.onnx"
+
+
+def remove(bundle: Path) -> None:
+    (bundle / ENGINE).unlink()
+
+
+def truncate(bundle: Path) -> None:
+    os.truncate(bundle / ENGINE, (bundle / ENGINE).stat().st_size // 2)
+
+
+def flip_a_bit(bundle: Path) -> None:
+    data = bytearray((bundle / "noise.npy").read_bytes())
+    data[-1] ^= 1
+    (bundle / "noise.npy").write_bytes(data)
+
+
+def wrong_sha256(bundle: Path) -> None:
+    manifest = bundle / "manifest.json"
+    record = json.loads(manifest.read_text())
+    record["files"]["frame.onnx"] = "0" * 64
+    manifest.write_text(json.dumps(record))
+
+
+def truncate_manifest(bundle: Path) -> None:
+    os.truncate(bundle / "manifest.json", 500)
+
+
+def empty_manifest(bundle: Path) -> None:
+    os.truncate(bundle / "manifest.json", 0)
+
+
+def remove_manifest(bundle: Path) -> None:
+    (bundle / "manifest.json").unlink()
+
+
+DAMAGES = {
+    remove: "model.onnx is missing",
+    truncate: "altered or cut short",
+    flip_a_bit: "noise.npy was altered",
+    wrong_sha256: "frame.onnx was altered",
+    truncate_manifest: "manifest.json cannot be read",
+    empty_manifest: "manifest.json cannot be read",
+    remove_manifest: "is no artifact",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_bundle(call: Call, made: dict[str, Path], tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    bundle, out = shutil.copytree(made["bundle"], tmp_path / "bundle"), tmp_path / "out"
+    damage(bundle)
+    before = contents(tmp_path)
+    is_fault(render(call, made, tmp_path / "out.png", bundle=bundle), DAMAGES[damage], "make it again")
+    is_fault(call("inspect", bundle), DAMAGES[damage])
+    is_fault(call("bench", bundle), DAMAGES[damage])
+    is_fault(call("build", bundle, "--target", "torch", "--out", out), DAMAGES[damage])
+    assert contents(tmp_path) == before
+
+
+def test_an_artifact_of_another_kind(call: Call, made: dict[str, Path], tmp_path: Path) -> None:
+    data = ("--data", "sample", "--out", tmp_path / "out")
+    is_fault(render(call, made, tmp_path / "out.png", bundle=made["graph"]), "is a graph", "a bundle")
+    is_fault(call("distill", made["graph"], *data), "is a graph", "a teacher")
+    is_fault(call("quantize", made["teacher"], *data), "is a teacher", "a student or graph")
+    is_fault(call("build", made["student"], "--target", "torch", "--out", tmp_path / "out"), "is a student")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["absent", "student:xxl"])
+def test_an_artifact_that_does_not_exist(call: Call, name: str, tmp_path: Path) -> None:
+    is_fault(call("inspect", name), name)
+    is_fault(call("quantize", name, "--data", "sample", "--out", tmp_path / "out"), name)
+    assert not contents(tmp_path)
+
+
+def test_a_person_of_another_bundle(made: dict[str, Path], tmp_path: Path) -> None:
+    other = api.build(made["graph"], tmp_path / "other", "onnxruntime", {"onnxruntime": {"threads": 1}}).path
+    with Pipeline.open(made["bundle"]) as ours, Pipeline.open(other) as theirs:
+        person = theirs.prepare(made["source"])
+        with pytest.raises(InputError, match=r"prepared by another bundle: .*; prepare the source again\."):
+            ours.render(person, np.full((18, 2), 20.0))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 32, 22), (8, 8, 6), (0,)])
+def test_noise_of_another_shape(made: dict[str, Path], shape: tuple[int, ...]) -> None:
+    with Pipeline.open(made["bundle"]) as pipe:
+        person, pose = pipe.prepare(made["source"]), np.full((18, 2), 20.0)
+        with pytest.raises(SignatureError, match=r"input 'noise' is float32.*: expected float32\[1, 8, 8, 6\]; "):
+            pipe.render(person, pose, np.zeros(shape, np.float32))
+        with pytest.raises(SignatureError, match="input 'noise' is float64"):
+            pipe.render(person, pose, pipe.noise.astype(np.float64))
+
+
+# Options --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_with_an_unknown_key(call: Call, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f"out = '{tmp_path / 'run'}'\n[distill]\nstepps = 4\n")
+    is_fault(call("run", recipe), "recipe.toml [distill]", "'stepps'", "check the spelling")
+    assert list(contents(tmp_path)) == ["recipe.toml"]
+    is_fault(call("run", tmp_path / "absent.toml"), "absent.toml")
+
+
+def test_an_unknown_backend(call: Call, made: dict[str, Path], tmp_path: Path) -> None:
+    known = "['onnxruntime', 'openvino', 'torch']"
+    is_fault(render(call, made, tmp_path / "out.png", backend="tensorflow"), "'tensorflow'", known)
+    is_fault(call("bench", made["bundle"], "--backend", "tensorflow"), "'tensorflow'", known)
+    is_fault(call("build", made["graph"], "--target", "tensorflow", "--out", tmp_path / "b"), "'tensorflow'", known)
+    teacher = ("--against", made["teacher"], "--data", "sample")
+    is_fault(call("validate", made["bundle"], *teacher, "--backend", "tensorflow"), "'tensorflow'", known)
+    assert not contents(tmp_path)
+
+
+def test_a_backend_that_the_bundle_was_not_built_for(call: Call, made: dict[str, Path], tmp_path: Path) -> None:
+    fix = f"rpfm-edge build {made['bundle']} --target openvino"
+    is_fault(render(call, made, tmp_path / "out.png", backend="openvino"), "no engine for openvino", fix)
+    is_fault(call("bench", made["bundle"], "--backend", "openvino"), "no engine for openvino", fix)
+
+
+def test_a_backend_that_is_not_installed(
+    call: Call, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtimes, "find_spec", lambda name: None)
+    install = "pip install 'rpfm-edge[onnxruntime]'"
+    is_fault(render(call, made, tmp_path / "out.png"), "onnxruntime is not installed", install)
+    is_fault(call("build", made["graph"], "--target", "onnxruntime", "--out", tmp_path / "b"), "not installed", install)
+    assert not contents(tmp_path)
+
+
+def test_a_stage_whose_library_is_not_installed(
+    call: Call, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    data = ("--data", "sample", "--out", tmp_path / "out")
+    is_fault(call("train", "xs", *data), "torch is not installed", "rpfm-edge[distill]")
+    is_fault(call("distill", made["teacher"], *data), "torch is not installed", "rpfm-edge[distill]")
+    is_fault(call("quantize", made["student"], *data), "torch is not installed", "rpfm-edge[distill]")
+    is_fault(call("quantize", made["graph"], *data), "nncf is not installed", "rpfm-edge[quantize]")
+    assert not contents(tmp_path)
+
+
+BAD_OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "preset": (("train", "xxl", "--data", "sample"), ("'xxl'", "'xs'")),
+    "method": (("distill", "{teacher}", "--data", "sample", "--method", "magic"), ("'magic'", "'flowmap'")),
+    "steps of a flow map": (("distill", "{teacher}", "--data", "sample", "--steps", "3"), ("3 steps", "1, 2, 4 or 8")),
+    "teacher": (("distill", "nowhere:factory", "--data", "sample"), ("'nowhere:factory'", "PYTHONPATH")),
+    "precision": (("quantize", "{student}", "--data", "sample", "--precision", "int4"), ("'int4'", "'int8'")),
+    "no steps": (("quantize", "{student}", "--data", "sample", "--steps", "0"), ("0 steps", "at least 1")),
+    "negative steps": (("quantize", "{student}", "--data", "sample", "--steps", "-1"), ("-1 steps", "at least 1")),
+    "steps of a graph": (("quantize", "{graph}", "--data", "sample", "--steps", "2"), ("2 steps", "leave steps out")),
+    "samples": (("quantize", "{graph}", "--data", "sample", "--samples", "2"), ("2 calibration samples", "at least 8")),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_OPTIONS)
+def test_an_option_that_cannot_be(call: Call, made: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    arguments, words = BAD_OPTIONS[kind]
+    is_fault(call(*(word.format_map(made) for word in arguments), "--out", tmp_path / "out"), *words)
+    left = [name for name in contents(tmp_path) if not name.startswith("out.work/")]  # where distill is continued from
+    assert left == []
+
+
+def test_counts_that_cannot_be(call: Call, made: dict[str, Path]) -> None:
+    against = ("--against", made["teacher"], "--data", "sample")
+    is_fault(call("validate", made["bundle"], *against, "--pairs", "0"), "0 pairs", "at least 1")
+    is_fault(call("bench", made["bundle"], "--runs", "0"), "0 measured runs")
+
+
+def test_a_budget_that_cannot_be(call: Call, made: dict[str, Path], tmp_path: Path) -> None:
+    budget = tmp_path / "budget.toml"
+    against = ("--against", made["teacher"], "--data", "sample", "--budget", budget)
+    is_fault(call("validate", made["bundle"], *against), "budget.toml")
+    budget.write_text("[drift]\npsnr_min = 3\n")
+    is_fault(call("validate", made["bundle"], *against), "'psnr_min'", "psnr_db_min")
+
+
+@pytest.mark.parametrize("name", ["absent", "empty"])
+def test_data_without_data(call: Call, made: dict[str, Path], tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    data = ("--data", tmp_path / name)
+    out = ("--out", tmp_path / "out")
+    is_fault(call("train", "xs", *data, *out), str(tmp_path / name))
+    is_fault(call("distill", made["teacher"], *data, *out), str(tmp_path / name))
+    is_fault(call("quantize", made["graph"], *data, *out), str(tmp_path / name))
+    is_fault(call("validate", made["bundle"], "--against", made["teacher"], *data), str(tmp_path / name))
+    assert not contents(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["render"], ["build", "x", "--out", "y"], ["bench", "b", "--runs", "many"], ["x"]]
+)
+def test_a_command_line_that_cannot_be_parsed(arguments: list[str]) -> None:
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 2
+    assert "Usage: " in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_help_names_every_command() -> None:
+    text = CliRunner().invoke(cli.app, ["--help"]).stdout
+    commands = "doctor train distill quantize build validate bench render inspect run"
+    assert all(f" {command} " in text for command in commands.split())
+
+
+# Full disks and kills -------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_leaves_the_old_bundle(
+    call: Call, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = shutil.copytree(made["bundle"], tmp_path / "bundle")
+    before = contents(tmp_path)
+
+    def full(*arguments: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "sendfile", full)  # what shutil copies with on Linux
+    ended = call("build", made["graph"], "--target", "onnxruntime", "--out", bundle)
+    is_fault(ended, "No space left on device", "free some space", str(tmp_path))
+    assert contents(tmp_path) == before
+    assert artifact.load(bundle, "bundle").digest == artifact.load(made["bundle"]).digest
+
+
+LIMITED = """
+import resource, sys
+from rpfm_edge.cli import main
+import distill.export
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+main()
+"""
+
+
+def test_a_write_that_the_system_refuses_leaves_the_old_graph(made: dict[str, Path], tmp_path: Path) -> None:
+    graph = shutil.copytree(made["graph"], tmp_path / "graph")
+    before = contents(tmp_path)
+    command = ["quantize", str(made["student"]), "--data", "sample", "--precision", "fp32", "--out", str(graph)]
+    ended = subprocess.run([sys.executable, "-c", LIMITED, *command], cwd=ROOT, capture_output=True, text=True)
+    is_fault(Ended(ended.returncode, ended.stdout, ended.stderr), "File too large", "raise the limit")
+    assert contents(tmp_path) == before
+
+
+def test_a_kill_in_the_middle_of_a_build_leaves_the_old_bundle(made: dict[str, Path], tmp_path: Path) -> None:
+    bundle = shutil.copytree(made["bundle"], tmp_path / "bundle")
+    before = contents(bundle)
+    command = ["build", str(made["graph"]), "--target", "openvino", "--out", str(bundle)]
+    process = subprocess.Popen([sys.executable, "-m", "rpfm_edge.cli", *command], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".bundle.*/engines")):  # the copies are made, the engines are not
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert contents(bundle) == before
+    assert artifact.load(bundle, "bundle").config["backends"] == {"onnxruntime": {}}
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["bundle"]
+    for half in tmp_path.glob(".bundle.*"):
+        with pytest.raises(ArtifactError):
+            artifact.load(half)
+
+
+@pytest.mark.parametrize("writes", [0, 1, 2])
+def test_evidence_that_is_cut_off_leaves_a_sound_bundle(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    bundle = artifact.load(shutil.copytree(made["bundle"], tmp_path / "bundle"))
+    bundle = add_evidence(bundle, "speed", {"first": 1})
+    done: list[Path] = []
+    write_text = artifact.write_text
+
+    def dying(path: Path, text: str) -> None:
+        if len(done) == writes:
+            raise KeyboardInterrupt
+        done.append(path)
+        write_text(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact, "write_text", dying)
+        with pytest.raises(KeyboardInterrupt):
+            add_evidence(bundle, "speed", {"second": 2})
+    assert artifact.load(bundle.path, "bundle").digest == bundle.digest
+    assert api.inspect(add_evidence(artifact.load(bundle.path), "speed", {"third": 3}).path)["evidence"] == {
+        "speed": {"third": 3}
+    }
+
+
+def test_an_interruption_says_that_finished_work_is_kept(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(path: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "inspect", interrupt)
+    ended = call("inspect", "anything")
+    assert (ended.code, ended.out) == (130, "")
+    assert ended.err == "rpfm-edge: interrupted; finished stages are kept.\n"
+
+
+# As a program ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"source": "pyproject.toml"}, "no picture"), ({"bundle": "absent"}, "absent is no artifact")],
+    ids=["picture", "bundle"],
+)
+def test_a_fault_of_the_program(made: dict[str, Path], tmp_path: Path, change: dict[str, str], words: str) -> None:
+    def program(*arguments: Any) -> Ended:
+        command = [sys.executable, "-m", "rpfm_edge.cli", *map(str, arguments)]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        return Ended(ended.returncode, ended.stdout, ended.stderr)
+
+    is_fault(render(program, made, tmp_path / "out.png", **change), words)
+    assert not contents(tmp_path)
+
+
+# Results --------------------------------------------------------------------------------------------------------------
+
+
+def last_json(ended: Ended, code: int = 0) -> dict[str, Any]:
+    """The last line of standard output, which is the only one that is JSON."""
+    assert ended.code == code, ended
+    assert ended.err == ""
+    lines = ended.out.splitlines()
+    record = json.loads(lines[-1], parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert isinstance(record, dict)
+    assert not [line for line in lines[:-1] if line.startswith("{")]
+    return record
+
+
+def test_doctor_as_json(call: Call) -> None:
+    record = last_json(call("doctor", "--json"))
+    assert record["backends"]["onnxruntime"] is None
+    assert record["cpu"]["cores"] == os.cpu_count()
+
+
+def test_train_and_distill_as_json(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(rpfm.PRESETS, "tiny", rpfm.RPFMConfig(dim=32, depth=1, heads=2))
+    config, teacher, student = tmp_path / "tiny.toml", tmp_path / "teacher", tmp_path / "student"
+    config.write_text(f'preset = "tiny"\nsize = {list(SIZE)}\nsources = 2\ntargets_per_source = 4\n')
+    seconds = ("--seconds", 0.1, "--autoencoder-seconds", 0.1)
+    record = last_json(call("train", config, "--data", "sample", "--out", teacher, *seconds, "--json"))
+    assert record == {"path": str(teacher), "kind": "teacher", "digest": artifact.load(teacher).digest}
+    options = ("--steps", 1, "--trajectories", 64, "--seconds", 0.1)
+    record = last_json(call("distill", teacher, "--data", "sample", "--out", student, *options, "--json"))
+    assert record == {"path": str(student), "kind": "student", "digest": artifact.load(student).digest}
+    assert artifact.load(student).config["method"] == "flowmap"
+
+
+def test_quantize_and_build_as_json(call: Call, made: dict[str, Path], tmp_path: Path) -> None:
+    graph, bundle = tmp_path / "graph", tmp_path / "bundle"
+    options = ("--data", "sample", "--precision", "fp32", "--steps", 1, "--out", graph, "--json")
+    assert last_json(call("quantize", made["student"], *options))["kind"] == "graph"
+    assert artifact.load(graph).config["steps"] == 1
+    options = ("--target", "onnxruntime", "--target", "torch", "--out", bundle, "--json")
+    assert last_json(call("build", graph, *options))["digest"] == artifact.load(bundle).digest
+    assert set(artifact.load(bundle).config["backends"]) == {"onnxruntime", "torch"}
+
+
+def test_render_and_inspect_as_json(call: Call, made: dict[str, Path], tmp_path: Path) -> None:
+    out = (
+        tmp_path / "[bold] a folder with a name that is longer than a terminal is wide, which is 80 columns" / "out.png"
+    )
+    inputs = ("--source", made["source"], "--pose", made["pose"], "--out", out)
+    assert last_json(call("render", made["bundle"], *inputs, "--json")) == {"image": str(out)}
+    assert cv2.imread(str(out)).shape == (*SIZE, 3)
+    assert call("render", made["bundle"], *inputs).out == f"wrote {out}\n"
+    assert last_json(call("inspect", made["bundle"], "--json"))["digest"] == artifact.load(made["bundle"]).digest
+
+
+def test_bench_as_json_and_as_a_table(call: Call, made: dict[str, Path], tmp_path: Path) -> None:
+    bundle = shutil.copytree(made["bundle"], tmp_path / "bundle")
+    ended = call("bench", bundle, "--runs", 3, "--seconds", 0.01, "--json")
+    record = last_json(ended)
+    assert [result["backend"] for result in record["backends"]] == ["onnxruntime"]
+    assert len(record["backends"][0]["frame"]["values_s"]) == record["backends"][0]["frame"]["runs"] >= 3
+    assert "onnxruntime" in ended.out.splitlines()[3]
+
+
+def test_validate_exits_with_1_when_over_the_budget(call: Call, made: dict[str, Path], tmp_path: Path) -> None:
+    bundle, budget = shutil.copytree(made["bundle"], tmp_path / "bundle"), tmp_path / "budget.toml"
+    arguments = ("validate", bundle, "--against", made["teacher"], "--data", "sample", "--pairs", 2, "--json")
+    assert last_json(call(*arguments))["violations"] == []
+    budget.write_text("[drift]\nssim_min = 1.0\npsnr_db_min = 0.1\n")
+    ended = call(*arguments, "--budget", budget)
+    record = last_json(ended, code=1)
+    assert len(record["violations"]) == 1
+    assert f"over budget {record['violations'][0]}" in ended.out
+
+
+def test_json_has_no_infinity(capsys: pytest.CaptureFixture[str]) -> None:
+    cli._finish({"psnr_db": [float("inf"), 3.0], "deep": {"nan": float("nan")}, "words": "inf"}, as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"psnr_db": [None, 3.0], "deep": {"nan": None}, "words": "inf"}
+
+
+def test_run_as_json_and_over_the_budget(call: Call, made: dict[str, Path], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f"out = '{tmp_path / 'run'}'\nteacher.artifact = '{made['teacher']}'\nstudent.artifact = '{made['student']}'\n"
+        "distill.skip = true\nquantize = {precision = 'fp32', also = []}\nbuild.targets = ['onnxruntime']\n"
+        "bench = {runs = 2, seconds = 0.01}\nvalidate = {pairs = 2, pictures = 1, budget = {ssim_min = 1.0}}\n"
+    )
+    ended = call("run", recipe, "--json")
+    record = json.loads(ended.out.splitlines()[-1])
+    assert ended.code == 1
+    assert len(record["violations"]) == 1
+    assert Path(record["report"]).is_file()
+    assert json.loads(Path(record["report_json"]).read_text())["violations"] == record["violations"]
