@@ -40,7 +40,8 @@ class Int8Config:
         activations: "signed" is all that TensorRT accepts. "unsigned" spends the sign bit of what follows a ReLU on
             precision (about 1.5 dB), and ONNX Runtime is a sixth faster with it; OpenVINO is as fast with either.
         smooth_quant_alpha: 0 to 1 moves outliers of the activations into the weights (SmoothQuant, arXiv 2211.10438),
-            each step by its own scales, so that every step then has its own copy of the weights. None is off.
+            each step by its own scales and its own copy of the weights: 0.1 dB better, three times as large with four
+            steps. None is off.
     """
 
     weights: Weights = "half"

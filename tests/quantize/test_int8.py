@@ -135,7 +135,7 @@ def run_on(backend: str, graph: Artifact, name: str, feeds: list[Feeds], folder:
 
 
 def test_openvino_and_onnxruntime_agree(tiny_int8: Artifact, samples: Path, tmp_path: Path) -> None:
-    """Both graphs through both backends: OpenVINO goes wrong on some quantized layers, which the plan keeps in float."""
+    """Both graphs through both backends: OpenVINO goes wrong on some quantized layers; the plan keeps them in float."""
     images, source_kv = (
         [run_on(backend, tiny_int8, name, few(samples, name), tmp_path) for backend in ("openvino", "onnxruntime")]
         for name in ("frame", "prepare")
