@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test slow lint types bench clean
 
 demo: $(READY)
 	$(BIN)/rpfm-edge run recipes/demo.toml

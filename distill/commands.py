@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 
 from distill import autoencoder as autoencoders
 from distill.autoencoder import AutoencoderTraining, SmallAutoencoder, SmallAutoencoderConfig, train_autoencoder
 from distill.batches import encode_split
-from distill.rpfm import RPFM, preset
+from distill.rpfm import RPFM, RPFMConfig, preset
 from distill.store import StoreConfig, build_store, load_store
 from distill.student import METHODS, DistillConfig, Method, create_student, save_student, train_student
 from distill.teacher import (
@@ -26,12 +27,15 @@ from distill.teacher import (
     FlowMatchingConfig,
     Guidance,
     RPFMTeacher,
+    Teacher,
     load_teacher,
+    move,
     save_teacher,
     train_teacher,
 )
 from distill.train import History, TrainConfig
 from distill.weights import load_weights, save_weights
+from rpfm_edge import artifact
 from rpfm_edge.artifact import Artifact, Stage, tool_versions
 from rpfm_edge.data import Split
 from rpfm_edge.errors import ConfigError
@@ -77,19 +81,16 @@ class DistillRecipe:
     seed: int = 0
 
 
-def device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def train(recipe: TrainRecipe, split: Split, out: Path) -> Artifact:
     """Train a teacher on ``split`` and write it to ``out``; continues from ``out.work`` if it is there."""
     _check_choice("weights", recipe.weights, DTYPES)
     torch.manual_seed(recipe.seed)
     work = out.with_name(out.name + ".work")
+    processes = PartialState()  # one, or those of torchrun, each with a device of its own
     autoencoder, stages = _autoencoder(recipe, split, work)
-    autoencoder = autoencoder.to(device()).eval().requires_grad_(False)
-    data = encode_split(split, autoencoder, work, recipe.size, device())
+    autoencoder = autoencoder.to(processes.device).eval().requires_grad_(False)
+    with processes.main_process_first():
+        data = encode_split(split, autoencoder, work, recipe.size, processes.device)
 
     factor, (height, width) = autoencoder.factor, recipe.size
     latent_size = (height // factor, width // factor)
@@ -105,7 +106,10 @@ def train(recipe: TrainRecipe, split: Split, out: Path) -> Artifact:
     guidance = Guidance(recipe.guidance_scale, recipe.guidance_schedule)
     teacher = RPFMTeacher(network, autoencoder, guidance, recipe.size)
     stage = _stage("train", config, history, split)
-    return save_teacher(teacher, out, (*stages, stage), DTYPES[recipe.weights], losses=thin(history.losses))
+    if processes.is_main_process:
+        save_teacher(teacher, out, (*stages, stage), DTYPES[recipe.weights], losses=thin(history.losses))
+    processes.wait_for_everyone()
+    return artifact.load(out, "teacher")
 
 
 def _autoencoder(recipe: TrainRecipe, split: Split, work: Path) -> tuple[Any, tuple[Stage, ...]]:
@@ -120,7 +124,9 @@ def _autoencoder(recipe: TrainRecipe, split: Split, work: Path) -> tuple[Any, tu
         read = reader(split, recipe.size)
         checkpoint = work / "autoencoder.safetensors"
         autoencoder, _ = train_autoencoder(autoencoder, read, len(split.names), config, checkpoint)
-        save_weights(autoencoder, file)
+        if PartialState().is_main_process:
+            save_weights(autoencoder, file)
+        PartialState().wait_for_everyone()
     load_weights(autoencoder, file)
     return autoencoder, (Stage("autoencoder", asdict(config), tool_versions(*TOOLS)),)
 
@@ -137,35 +143,43 @@ def distill(recipe: DistillRecipe, teacher_spec: str, split: Split, out: Path) -
     torch.manual_seed(recipe.seed)
     work = out.with_name(out.name + ".work")
     teacher = load_teacher(teacher_spec)
-    if isinstance(teacher, RPFMTeacher):
-        teacher.to(device())
-    data = encode_split(split, teacher.autoencoder, work, teacher.size, device())
+    processes = PartialState()  # one, or those of torchrun, each with a device of its own
+    move(teacher, processes.device)
+    with processes.main_process_first():
+        data = encode_split(split, teacher.autoencoder, work, teacher.size, processes.device)
     config = DistillConfig(
         method=recipe.method,
         steps=recipe.steps,
         batch=recipe.batch,
         train=TrainConfig(seconds=recipe.seconds, lr=recipe.lr, ema=recipe.ema, warmup_steps=20, seed=recipe.seed),
     )
-    student = create_student(teacher, config, preset(recipe.preset) if recipe.preset else None)
+    student = create_student(teacher, config, _architecture(recipe, teacher))
 
     store_config = StoreConfig(recipe.trajectories, targets_per_source=recipe.targets_per_source, seed=recipe.seed + 1)
-    build_store(teacher, data, work / "store", store_config, recipe.store_seconds, device=device())
+    identity = getattr(teacher, "digest", "") or teacher_spec
+    build_store(teacher, identity, data, work / "store", store_config, recipe.store_seconds, processes)
+    processes.wait_for_everyone()
     store = load_store(work / "store")
-    student, history = train_student(student, data, store, config, work / f"{recipe.method}.safetensors")
+    checkpoint = work / f"{recipe.method}-{recipe.steps}.safetensors"
+    student, history = train_student(student, data, store, config, checkpoint)
 
     trained_on = {"trajectories": len(store.states), "store": asdict(store_config), "guidance": _guidance(teacher)}
-    stage = _stage("distill", config, history, split, {"teacher": getattr(teacher, "digest", teacher_spec)}, trained_on)
+    stage = _stage("distill", config, history, split, {"teacher": identity}, trained_on)
     lineage = (*getattr(teacher, "lineage", ()), stage)
-    return save_student(
-        student,
-        out,
-        config,
-        teacher.size,
-        lineage,
-        DTYPES[recipe.weights],
-        teacher=str(teacher_spec),
-        losses=thin(history.losses),
-    )
+    if processes.is_main_process:
+        facts = {"teacher": str(teacher_spec), "losses": thin(history.losses)}
+        save_student(student, out, config, teacher.size, lineage, DTYPES[recipe.weights], **facts)
+    processes.wait_for_everyone()
+    return artifact.load(out, "student")
+
+
+def _architecture(recipe: DistillRecipe, teacher: Teacher) -> RPFMConfig | None:
+    """The student of a teacher that is no RPFM network: a preset, fitted to the teacher's latents."""
+    if recipe.preset is None:
+        return None
+    channels, *latent_size = teacher.latent_shape
+    factor = teacher.autoencoder.factor
+    return preset(recipe.preset, latent_channels=channels, latent_size=tuple(latent_size), factor=factor)
 
 
 def _guidance(teacher: Any) -> dict[str, Any] | None:

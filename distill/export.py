@@ -167,9 +167,7 @@ def simplified(module: nn.Module, signature: Signature) -> Any:
     example = tuple(torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in signature.inputs)
     stream = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # tracing is deprecated, but eight times as fast, and its graphs are half the size
+        warnings.simplefilter("ignore")  # tracing is deprecated, but eight times as fast for the same graph
         torch.onnx.export(
             module.eval(),
             example,

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 
 from distill.student import load_student
-from distill.teacher import Teacher, load_teacher, sample_teacher
+from distill.teacher import load_teacher, move, sample_teacher
 from rpfm_edge.flow import Solver
 from rpfm_edge.image import from_model, to_model
 from rpfm_edge.progress import progress
@@ -35,17 +36,18 @@ def teacher_images(
     Returns:
         (steps, solver) → (n, H, W, 3) uint8.
     """
-    teacher: Teacher = load_teacher(teacher_spec)
+    teacher, device = load_teacher(teacher_spec), PartialState().device
+    move(teacher, device)
     wanted = list(budgets)
     images: dict[tuple[int, str], list[np.ndarray]] = {budget: [] for budget in wanted}
     with progress("teacher", total=len(sources)) as advance:
         for index in range(len(sources)):
-            source, pose = (torch.from_numpy(to_model(a[index : index + 1])) for a in (sources, skeletons))
+            source, pose = (torch.from_numpy(to_model(a[index : index + 1])).to(device) for a in (sources, skeletons))
             condition = teacher.condition(teacher.autoencoder.encode(source), pose)
-            z = torch.from_numpy(noise[index : index + 1])
+            z = torch.from_numpy(noise[index : index + 1]).to(device)
             for steps, solver in wanted:
                 latent = sample_teacher(teacher, z, condition, steps, solver)
-                images[steps, solver].append(from_model(teacher.autoencoder.decode(latent).numpy())[0])
+                images[steps, solver].append(from_model(teacher.autoencoder.decode(latent).cpu().numpy())[0])
             advance(index + 1)
     return {budget: np.stack(stack) for budget, stack in images.items()}
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -72,19 +73,23 @@ class Trajectories:
 @torch.no_grad()
 def build_store(
     teacher: Teacher,
+    identity: str,
     data: EncodedSplit,
     out: Path,
     config: StoreConfig,
     seconds: float | None = None,
-    rank: int = 0,
-    world: int = 1,
-    device: torch.device | str = "cpu",
+    processes: PartialState | None = None,
 ) -> int:
-    """Make the missing shards of this rank in the folder ``out``; stop early after ``seconds``. Returns the shards
-    present."""
+    """Make the missing shards in the folder ``out``, shared between processes; stop early after ``seconds``.
+
+    ``identity`` of the teacher (its digest, or the name of its factory) is kept with the store. Returns how many
+    shards are there now.
+    """
+    processes = processes or PartialState()
+    rank, world, device = processes.process_index, processes.num_processes, processes.device
     if config.grid % 8:
         raise ConfigError(f"a grid of {config.grid}", expected="a multiple of 8", fix="use 8 or 16")
-    _check_meta(out, config, getattr(teacher, "digest", ""))
+    _check_meta(out, config, identity)
     started = time.monotonic()
     mine = range(rank, config.shards, world)
     with progress("trajectories", total=len(mine)) as advance:
@@ -125,10 +130,10 @@ def _fast_bfloat16(kind: str) -> bool:
     return kind == "cuda" or bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
-def _check_meta(out: Path, config: StoreConfig, teacher_digest: str) -> None:
+def _check_meta(out: Path, config: StoreConfig, identity: str) -> None:
     """A store is of one teacher and one config; mixing shards of two would poison the student silently."""
     fields = {k: v for k, v in asdict(config).items() if k != "trajectories"}  # a store may grow
-    meta = {"teacher": teacher_digest, **fields}
+    meta = {"teacher": identity, **fields}
     file = out / "store.json"
     if not file.exists():
         write_text(file, json.dumps(meta, indent=1))

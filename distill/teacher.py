@@ -149,6 +149,12 @@ class RPFMTeacher:
         return null + scale * (conditional - null)
 
 
+def move(teacher: Teacher, device: torch.device | str) -> None:
+    """Move a teacher to a device, by its own ``to`` if it has one; a teacher without it must find its device itself."""
+    if hasattr(teacher, "to"):
+        teacher.to(device)
+
+
 def sample_teacher(teacher: Teacher, noise: Tensor, condition: Any, steps: int, solver: Solver = "euler") -> Tensor:
     """The latent at t = 1 from (B, C, h, w) noise."""
     return solve(lambda x, t: teacher.velocity(x, t, condition), noise, time_grid(steps), solver)[-1]

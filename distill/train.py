@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +72,7 @@ def fit(
     )
     history = History()
     if checkpoint.exists():
-        history = _restore(checkpoint, module, ema, optimizer)
+        history = _restore(checkpoint, module, ema, optimizer, _settings(config))
     model, optimizer = accelerator.prepare(module, optimizer)
 
     begun = saved = time.monotonic()
@@ -100,12 +100,17 @@ def fit(
                     fix=f"lower the learning rate; the last good state is kept in {checkpoint}",
                 )
             if accelerator.is_main_process and time.monotonic() - saved > config.save_every_s:
-                _save(checkpoint, module, ema, optimizer, history)
+                _save(checkpoint, module, ema, optimizer, history, _settings(config))
                 saved = time.monotonic()
     if accelerator.is_main_process:
-        _save(checkpoint, module, ema, optimizer, history)
+        _save(checkpoint, module, ema, optimizer, history, _settings(config))
     accelerator.wait_for_everyone()
     return ema, history
+
+
+def _settings(config: TrainConfig) -> dict[str, object]:
+    """What a resumed run must share with the one that it continues: everything but the budget."""
+    return {k: v for k, v in asdict(config).items() if k not in ("seconds", "steps", "save_every_s")}
 
 
 def _progress(history: History, config: TrainConfig) -> float:
@@ -134,7 +139,14 @@ def _agree(accelerator: Accelerator, seconds: float) -> float:
     return float(accelerator.gather(clock).max())
 
 
-def _save(path: Path, module: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, history: History) -> None:
+def _save(
+    path: Path,
+    module: nn.Module,
+    ema: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    history: History,
+    settings: dict[str, object],
+) -> None:
     tensors = {f"model.{k}": v for k, v in module.state_dict().items()}
     tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
@@ -144,16 +156,19 @@ def _save(path: Path, module: nn.Module, ema: nn.Module, optimizer: torch.optim.
     record = {"step": history.step, "elapsed_s": history.elapsed_s, "losses": history.losses}
     try:
         contiguous = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
-        save_file(contiguous, scratch, metadata={"history": json.dumps(record)})
+        save_file(contiguous, scratch, metadata={"history": json.dumps(record), "settings": json.dumps(settings)})
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
 
 
-def _restore(path: Path, module: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> History:
+def _restore(
+    path: Path, module: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, object]
+) -> History:
     try:
         with safe_open(path, framework="pt") as file:
             history = History(**json.loads(file.metadata()["history"]))
+            saved = json.loads(file.metadata()["settings"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         module.load_state_dict(_under(tensors, "model."))
         ema.load_state_dict(_under(tensors, "ema."))
@@ -163,6 +178,12 @@ def _restore(path: Path, module: nn.Module, ema: nn.Module, optimizer: torch.opt
             expected="a checkpoint of the same network",
             fix="delete it to start afresh, or give another output folder",
         ) from None
+    if saved != json.loads(json.dumps(settings)):
+        raise ConfigError(
+            f"{path} was trained with other settings",
+            expected=str(saved),
+            fix="delete it to start afresh, or use these",
+        )
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in _under(tensors, "optimizer.").items():
         index, name = key.split(".", 1)

@@ -15,6 +15,7 @@ from rpfm_edge.bench import bench_backend
 from rpfm_edge.bundle import add_evidence, read_evidence
 from rpfm_edge.bundle import build as _build
 from rpfm_edge.errors import BackendError, ConfigError
+from rpfm_edge.flow import guidance_scale
 from rpfm_edge.image import save_png
 from rpfm_edge.metrics import Budget
 from rpfm_edge.pipeline import Pipeline, require_engine
@@ -41,6 +42,8 @@ def train(config: str | Path, data: str | Path, out: str | Path, **changes: Any)
     text = str(config)
     recipe = parse(commands.TrainRecipe, read_toml(Path(config)) if text.endswith(".toml") else {"preset": text}, text)
     recipe = replace(recipe, **_given(changes))
+    commands.preset(recipe.preset)  # what is wrong is said now, not after the autoencoder's training
+    guidance_scale(0.0, recipe.guidance_scale, recipe.guidance_schedule)
     made: Artifact = commands.train(recipe, open_splits(data).training, Path(out))
     return made
 

@@ -121,7 +121,7 @@ def validate(
     bundle: Annotated[str, typer.Argument(help="The bundle to judge.")],
     against: Annotated[str, typer.Option(help="The teacher.")],
     data: Data,
-    budget: Annotated[Optional[Path], typer.Option(help="TOML file with a table [drift].")] = None,  # noqa: UP045
+    budget: Annotated[Optional[Path], typer.Option(help="TOML file with a table \\[drift].")] = None,  # noqa: UP045
     backend: Backend = None,
     pairs: Annotated[int, typer.Option(help="Held-out pairs.")] = 32,
     seed: Seed = 0,

@@ -46,8 +46,8 @@ def compare_steps(recipe: Recipe, teacher: str | Path, student: Path, out: Path)
     rows = [
         {
             "steps": n,
-            "teacher": metrics.compare(slow[n, "euler"], slow[reference]),
-            "student": metrics.compare(fast[n], slow[reference]),
+            "teacher": metrics.compare(slow[reference], slow[n, "euler"]),
+            "student": metrics.compare(slow[reference], fast[n]),
         }
         for n in STEPS
     ]
@@ -70,7 +70,7 @@ def judge(recipe: Recipe, teacher: str | Path, student: str, bundles: Mapping[st
             made[f"{precision}, {backend}"] = bundle_images(bundle, backend, pairs)
 
     stages: list[dict[str, Any]] = [
-        {"stage": "teacher, reference", "against_truth": metrics.compare(slow[reference], pairs.truths)},
+        {"stage": "teacher, reference", "against_truth": metrics.compare(pairs.truths, slow[reference])},
         {"stage": f"teacher, {plural(steps)}", **drift(slow[few], slow[reference], pairs.truths)},
         *({"stage": name, **drift(images, slow[reference], pairs.truths)} for name, images in made.items()),
     ]

@@ -37,7 +37,9 @@ class TeacherTable:
 
 @dataclass(frozen=True, slots=True)
 class DistillTable:
-    """How the student is distilled; ``skip`` leaves the stage out (then [student] must name an artifact)."""
+    """How the student is distilled; ``skip`` leaves the stage out (then [student] must name an artifact).
+
+    ``preset``: the student's architecture, where the teacher is no RPFM network."""
 
     skip: bool = False
     method: Literal["reflow", "flowmap", "endpoint"] = "flowmap"
@@ -48,6 +50,7 @@ class DistillTable:
     lr: float = 5e-4
     batch: int = 64
     targets_per_source: int = 8
+    preset: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,7 +68,7 @@ def bundle_images(bundle: str | Path, backend: str, pairs: Pairs) -> np.ndarray:
 
 def drift(images: np.ndarray, teacher: np.ndarray, truths: np.ndarray) -> dict[str, Any]:
     """A stage's distances to the teacher's images and to the ground truth."""
-    return {"against_teacher": metrics.compare(images, teacher), "against_truth": metrics.compare(images, truths)}
+    return {"against_teacher": metrics.compare(teacher, images), "against_truth": metrics.compare(truths, images)}
 
 
 def validate(
@@ -93,7 +93,7 @@ def validate(
     reference, few = (REFERENCE_STEPS, REFERENCE_SOLVER), (steps, "euler")
     made = teacher_images(teacher, pairs.sources, pairs.skeletons, pairs.noise, {reference, few})
     stages = [
-        {"stage": "teacher, reference", "against_truth": metrics.compare(made[reference], pairs.truths)},
+        {"stage": "teacher, reference", "against_truth": metrics.compare(pairs.truths, made[reference])},
         {"stage": f"teacher, {plural(steps)}", **drift(made[few], made[reference], pairs.truths)},
     ]
     violations = []

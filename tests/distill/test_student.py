@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def data(teacher: RPFMTeacher, tmp_path_factory: pytest.TempPathFactory) -> Enco
 @pytest.fixture(scope="module")
 def store(teacher: RPFMTeacher, data: EncodedSplit, tmp_path_factory: pytest.TempPathFactory) -> Trajectories:
     folder = tmp_path_factory.mktemp("store")
-    build_store(teacher, data, folder, STORE)
+    build_store(teacher, "toy", data, folder, STORE)
     return load_store(folder)
 
 
@@ -53,25 +54,26 @@ def test_states_are_the_teachers_path(teacher: RPFMTeacher, data: EncodedSplit, 
 
 def test_store_resumes_shard_by_shard(teacher: RPFMTeacher, data: EncodedSplit, tmp_path: Path) -> None:
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
-    build_store(teacher, data, whole, STORE)
+    build_store(teacher, "toy", data, whole, STORE)
     for rank in (1, 0):
-        build_store(teacher, data, pieces, STORE, rank=rank, world=2)
+        share = SimpleNamespace(process_index=rank, num_processes=2, device=torch.device("cpu"))
+        build_store(teacher, "toy", data, pieces, STORE, processes=share)  # type: ignore[arg-type]
     (pieces / "shard-00003.safetensors").unlink()
     kept = {f.name: f.stat().st_mtime_ns for f in pieces.glob("shard-*")}
-    assert build_store(teacher, data, pieces, STORE) == STORE.shards
+    assert build_store(teacher, "toy", data, pieces, STORE) == STORE.shards
     assert {f.name: f.stat().st_mtime_ns for f in pieces.glob("shard-*") if f.name in kept} == kept
     assert torch.equal(load_store(whole).states, load_store(pieces).states)
 
 
 def test_store_of_another_config_is_refused(teacher: RPFMTeacher, data: EncodedSplit, tmp_path: Path) -> None:
-    build_store(teacher, data, tmp_path, STORE, seconds=0.0)
+    build_store(teacher, "toy", data, tmp_path, STORE, seconds=0.0)
     with pytest.raises(ConfigError, match="another teacher or config"):
-        build_store(teacher, data, tmp_path, StoreConfig(trajectories=64, seed=9))
+        build_store(teacher, "toy", data, tmp_path, StoreConfig(trajectories=64, seed=9))
 
 
 def test_grid_must_serve_eight_steps(teacher: RPFMTeacher, data: EncodedSplit, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a grid of 4"):
-        build_store(teacher, data, tmp_path, StoreConfig(trajectories=8, grid=4))
+        build_store(teacher, "toy", data, tmp_path, StoreConfig(trajectories=8, grid=4))
 
 
 def test_empty_store(tmp_path: Path) -> None:
@@ -98,7 +100,7 @@ def test_distillation_beats_few_steps_of_the_teacher(
 ) -> None:
     """A teacher with a curved closed-form flow, noise never seen: N steps of the student beat N Euler steps."""
     teacher = load_teacher("tests.distill.test_teacher:gaussian_teacher")
-    build_store(teacher, data, tmp_path / "store", STORE)
+    build_store(teacher, "toy", data, tmp_path / "store", STORE)
     train = TrainConfig(steps=70, lr=5e-3, warmup_steps=10, ema=0.9, precision="no")
     config = DistillConfig(method, steps, train, batch=32, perceptual_weight=0.1)
     wide_enough = replace(NETWORK, dim=96, depth=1, pose_channels=2)  # a token must carry its 32 numbers of noise

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ def test_resumes_after_a_kill_to_the_same_losses(tmp_path: Path) -> None:
             raise Killed
         return loss(model, step, rng)
 
-    often = TrainConfig(**{**{f: getattr(CONFIG, f) for f in CONFIG.__slots__}, "save_every_s": 0.0})
+    often = replace(CONFIG, save_every_s=0.0)
     with pytest.raises(Killed):
         fit(Regression(), dies, often, tmp_path / "cut", "t")
     seen: list[int] = []
@@ -95,6 +96,12 @@ def test_another_networks_checkpoint_is_refused(tmp_path: Path) -> None:
         fit(Regression(4), loss, CONFIG, tmp_path / "c", "t")
 
 
+def test_other_settings_are_refused(tmp_path: Path) -> None:
+    fit(Regression(), loss, CONFIG, tmp_path / "c", "t")
+    with pytest.raises(ConfigError, match="trained with other settings"):
+        fit(Regression(), loss, replace(CONFIG, lr=0.01), tmp_path / "c", "t")
+
+
 def test_a_cut_checkpoint_is_refused_and_kept(tmp_path: Path) -> None:
     file = tmp_path / "c"
     fit(Regression(), loss, CONFIG, file, "t")
@@ -122,6 +129,7 @@ def test_divergence_is_an_error_that_keeps_the_last_good_state(tmp_path: Path) -
 
 TWO_PROCESSES = """
 import json, sys
+from dataclasses import replace
 from pathlib import Path
 import torch
 from accelerate import PartialState
