@@ -18,6 +18,7 @@ from rich.text import Text
 
 from rpfm_edge import api
 from rpfm_edge.errors import RpfmError
+from rpfm_edge.validate import plural
 
 app = typer.Typer(
     add_completion=False,
@@ -147,13 +148,13 @@ def bench(
 ) -> None:
     """Time prepare and frame on each backend."""
     evidence = api.bench(bundle, backend, runs, seconds)
-    table = Table("backend", "precision", "steps", "call", "p50 ms", "p95 ms", "p99 ms", "per second", "runs")
+    table = _table("engine", "call", "p50 ms", "p95 ms", "p99 ms", "per s", "runs")
     for result in evidence["backends"]:
+        engine = f"{result['backend']}, {result['precision']}, {plural(result['steps'])}"
         for call in ("prepare", "frame"):
             times = result[call]
             cells = [f"{1e3 * times[p]:.2f}" for p in ("p50_s", "p95_s", "p99_s")]
-            row = (result["backend"], result["precision"], str(result["steps"]), call, *cells, f"{times['fps']:.1f}")
-            table.add_row(*row, str(times["runs"]))
+            table.add_row(engine, call, *cells, f"{times['fps']:.1f}", str(times["runs"]))
     console.print(table)
     if json:
         _finish(evidence, json)
@@ -209,28 +210,29 @@ def run(recipe: Annotated[Path, typer.Argument(help="A TOML recipe.")], json: Js
 
 
 def _drift_table(evidence: Mapping[str, Any]) -> None:
-    table = Table(
-        "stage",
-        "PSNR dB",
-        "SSIM",
-        "FLIP",
-        "truth PSNR dB",
-        "truth SSIM",
-        "truth FLIP",
-        title="medians: against the teacher, then the truth",
-    )
+    metrics = {"psnr_db": ".1f", "ssim": ".3f", "flip": ".3f"}
+    table = _table("stage", *(title for _ in range(2) for title in ("PSNR", "SSIM", "FLIP")))
+    table.title = "medians, first against the teacher, then against the truth; PSNR in dB"
     for stage in evidence["stages"]:
         cells = [
-            _median(stage.get(side, {}).get(metric))
+            _median(stage.get(side, {}).get(metric), digits)
             for side in ("against_teacher", "against_truth")
-            for metric in ("psnr_db", "ssim", "flip")
+            for metric, digits in metrics.items()
         ]
         table.add_row(stage["stage"], *cells)
     console.print(table)
 
 
-def _median(statistics: Mapping[str, float] | None) -> str:
-    return f"{statistics['median']:.3g}" if statistics else "–"
+def _table(name: str, *figures: str) -> Table:
+    """A table that fits 80 columns: where there is no terminal, wider ones would be cut."""
+    table = Table(name, box=None, pad_edge=False, title_justify="left")
+    for title in figures:
+        table.add_column(title, justify="left" if title == "call" else "right", no_wrap=True)
+    return table
+
+
+def _median(statistics: Mapping[str, float] | None, digits: str) -> str:
+    return format(statistics["median"], digits) if statistics else "–"
 
 
 def _made(artifact: Any, as_json: bool) -> None:

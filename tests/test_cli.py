@@ -227,7 +227,7 @@ def test_a_damaged_bundle(call: Call, made: dict[str, Path], tmp_path: Path, dam
     bundle, out = shutil.copytree(made["bundle"], tmp_path / "bundle"), tmp_path / "out"
     damage(bundle)
     before = contents(tmp_path)
-    is_fault(render(call, made, tmp_path / "out.png", bundle=bundle), DAMAGES[damage], "make it again")
+    is_fault(render(call, made, tmp_path / "out.png", bundle=bundle), DAMAGES[damage], "again.")
     is_fault(call("inspect", bundle), DAMAGES[damage])
     is_fault(call("bench", bundle), DAMAGES[damage])
     is_fault(call("build", bundle, "--target", "torch", "--out", out), DAMAGES[damage])
@@ -550,7 +550,8 @@ def test_bench_as_json_and_as_a_table(call: Call, made: dict[str, Path], tmp_pat
     record = last_json(ended)
     assert [result["backend"] for result in record["backends"]] == ["onnxruntime"]
     assert len(record["backends"][0]["frame"]["values_s"]) == record["backends"][0]["frame"]["runs"] >= 3
-    assert "onnxruntime" in ended.out.splitlines()[3]
+    engine = "onnxruntime, fp32, 2 steps"
+    assert [line[: len(engine)] for line in ended.out.splitlines()[1:3]] == [engine, engine]
 
 
 def test_validate_exits_with_1_when_over_the_budget(call: Call, made: dict[str, Path], tmp_path: Path) -> None:
