@@ -400,19 +400,18 @@ def test_a_full_disk_leaves_the_old_bundle(
 
 
 LIMITED = """
-import resource, sys
+import resource
 from rpfm_edge.cli import main
-import distill.export
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 main()
 """
 
 
-def test_a_write_that_the_system_refuses_leaves_the_old_graph(made: dict[str, Path], tmp_path: Path) -> None:
-    graph = shutil.copytree(made["graph"], tmp_path / "graph")
+def test_a_write_that_the_system_refuses_leaves_the_old_bundle(made: dict[str, Path], tmp_path: Path) -> None:
+    bundle = shutil.copytree(made["bundle"], tmp_path / "bundle")
     before = contents(tmp_path)
-    command = ["quantize", str(made["student"]), "--data", "sample", "--precision", "fp32", "--out", str(graph)]
-    ended = subprocess.run([sys.executable, "-c", LIMITED, *command], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-c", LIMITED, "build", made["graph"], "--target", "onnxruntime", "--out", bundle]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     is_fault(Ended(ended.returncode, ended.stdout, ended.stderr), "File too large", "raise the limit")
     assert contents(tmp_path) == before
 

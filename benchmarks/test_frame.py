@@ -1,0 +1,96 @@
+"""Speed of a frame: the engine against eager torch, and what the pipeline adds to the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino
+
+from rpfm_edge import artifact
+from rpfm_edge.measure import Latency, interleaved
+from rpfm_edge.pipeline import Person, Pipeline
+from rpfm_edge.pose import draw_skeleton
+from rpfm_edge.splits import open_splits
+from runtimes import ov
+
+SPEEDUP, OVERHEAD = 3.0, 0.05  # at least, at most
+
+
+def opened(stack: ExitStack, bundle: Path, backend: str, data: str) -> tuple[Pipeline, Person, np.ndarray]:
+    """A pipeline, the person of the first held-out pair, and the pose of its target."""
+    pipe = stack.enter_context(Pipeline.open(bundle, backend))
+    test = open_splits(data).test
+    source, target = (int(index) for index in test.pairs[0])
+    return pipe, pipe.prepare(test.image(source, pipe.size)), test.pose(target, pipe.size)
+
+
+def rows(times: Mapping[str, Latency]) -> list[list[str]]:
+    """Percentiles in ms, frames per second, and whether the times had settled."""
+    return [
+        [name, *(f"{1e3 * value:.2f}" for value in (t.p50_s, t.p95_s, t.p99_s)), f"{t.fps:.1f}", str(t.stable)]
+        for name, t in times.items()
+    ]
+
+
+HEADER = ("call", "p50 ms", "p95 ms", "p99 ms", "per second", "stable")
+
+
+def test_engine_against_eager_torch(benchmark: Any, conclude: Any, bundles: dict[str, Path], chosen: Any) -> None:
+    """``Pipeline.render`` of the same student in OpenVINO and in torch, in turns."""
+    cases = {"torch fp32, eager": ("fp32", "torch"), "openvino fp32": ("fp32", "openvino")}
+    cases["openvino int8"] = ("int8", "openvino")
+    with ExitStack() as stack:
+        calls: dict[str, Callable[[], object]] = {}
+        for name, (precision, backend) in cases.items():
+            pipe, person, pose = opened(stack, bundles[precision], backend, chosen.data)
+            calls[name] = lambda pipe=pipe, person=person, pose=pose: pipe.render(person, pose)  # type: ignore[misc]
+        times = benchmark.pedantic(interleaved, (calls, chosen.rounds), rounds=1)
+    torch_s = times["torch fp32, eager"].p50_s
+    ratios = {name: torch_s / t.p50_s for name, t in times.items() if name.startswith("openvino")}
+    conclude(
+        f"frame at 1 step, {chosen.rounds} rounds in turns",
+        (*HEADER, "× torch"),
+        [[*row, f"{torch_s / times[row[0]].p50_s:.2f}"] for row in rows(times)],
+        {f"{name} at least {SPEEDUP:g} × as fast as torch": ratio >= SPEEDUP for name, ratio in ratios.items()},
+        ratios=ratios,
+        times={name: t.to_json() for name, t in times.items()},
+    )
+
+
+def bare_engine(bundle: Path, feeds: dict[str, np.ndarray]) -> tuple[Callable[[], object], np.ndarray]:
+    """OpenVINO's own call with its tensors set beforehand, and the memory that its image comes out in."""
+    loaded = artifact.load(bundle, "bundle")
+    core = openvino.Core()
+    device, settings = ov.compile_settings(core, loaded.config["backends"]["openvino"])
+    compiled = core.compile_model(bundle / "engines" / "openvino" / "frame" / ov.MODEL, device, settings)
+    request = compiled.create_infer_request()
+    image = np.empty(loaded.signatures["frame"].outputs[0].shape, np.uint8)
+    for name, array in {**feeds, "image": image}.items():
+        request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
+    return lambda: request.infer(share_outputs=True), image
+
+
+def test_python_around_the_engine(benchmark: Any, conclude: Any, bundles: dict[str, Path], chosen: Any) -> None:
+    """``Pipeline.render`` (checks, drawing the skeleton, the copy of the image) against the bare engine, in turns."""
+    with ExitStack() as stack:
+        pipe, person, pose = opened(stack, bundles["int8"], "openvino", chosen.data)
+        skeleton = draw_skeleton(pose, pipe.size)
+        feeds = {"pose": skeleton[None], "noise": pipe.noise, "source_kv": person.source_kv}
+        bare, image = bare_engine(bundles["int8"], feeds)
+        calls = {"bare engine": bare, "Pipeline.render": lambda: pipe.render(person, pose)}
+        times = benchmark.pedantic(interleaved, (calls, chosen.rounds), rounds=1)
+        np.testing.assert_array_equal(image[0], pipe.render(person, pose))  # both did the same work
+    added = np.subtract(times["Pipeline.render"].values_s, times["bare engine"].values_s)
+    share = float(np.median(added)) / times["Pipeline.render"].p50_s
+    conclude(
+        f"openvino int8, frame at 1 step, {chosen.rounds} rounds in turns",
+        HEADER,
+        [*rows(times), ["added, median of rounds", f"{1e3 * np.median(added):.2f}", "", "", "", ""]],
+        {f"Python takes {share:.1%} of a frame, at most {OVERHEAD:.0%}": share <= OVERHEAD},
+        overhead_share=share,
+        times={name: t.to_json() for name, t in times.items()},
+    )

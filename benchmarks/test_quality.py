@@ -1,0 +1,68 @@
+"""What distillation gains: the flow map and its teacher with the same number of steps, both against the teacher's
+reference solution at the same noise, on identities that neither has seen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from distill.reference import REFERENCE_SOLVER, REFERENCE_STEPS, student_images, teacher_images
+from distill.student import load_student
+from rpfm_edge.metrics import METRICS, Summary, compare, missing_metrics, paired_bootstrap
+from rpfm_edge.splits import open_splits
+from rpfm_edge.validate import draw_pairs
+
+STEPS, SEED = (1, 2, 4, 8), 0
+NEARER_AT, GAIN_DB = (1, 4), 3.0  # steps at which the student must be nearer; by how much at one step
+Summaries = dict[int, dict[str, Summary]]  # steps → "teacher" or "student" → metrics against the reference
+
+
+def measured(chosen: Any) -> Summaries:
+    """Both networks at each number of steps, against the reference."""
+    student, loaded = load_student(chosen.student)
+    size, latent_shape = tuple(loaded.config["size"]), student.network.config.latent_shape
+    pairs = draw_pairs(open_splits(chosen.data).test, chosen.pairs, size, latent_shape, SEED)
+    inputs = (pairs.sources, pairs.skeletons, pairs.noise)
+    reference = (REFERENCE_STEPS, REFERENCE_SOLVER)
+    slow = teacher_images(chosen.teacher, *inputs, [reference, *((steps, "euler") for steps in STEPS)])
+    fast = student_images(chosen.student, *inputs, STEPS)
+    return {
+        steps: {
+            "teacher": compare(slow[reference], slow[steps, "euler"]),
+            "student": compare(slow[reference], fast[steps]),
+        }
+        for steps in STEPS
+    }
+
+
+def gain(summaries: dict[str, Summary], metric: str) -> tuple[float, float, float]:
+    """Median over the pairs of student minus teacher, and the 95 % bootstrap interval of the mean."""
+    values = [summaries[who][metric]["values"] for who in ("student", "teacher")]
+    return float(np.median(np.subtract(*values))), *paired_bootstrap(*values, seed=SEED)
+
+
+def test_student_against_teacher(benchmark: Any, conclude: Any, chosen: Any) -> None:
+    """PSNR, SSIM and FLIP: medians, and the gain of each pair."""
+    found: Summaries = benchmark.pedantic(measured, (chosen,), rounds=1)
+    metrics = [name for name in METRICS if name not in missing_metrics()]
+    gains = {steps: {name: gain(found[steps], name) for name in metrics} for steps in STEPS}
+    rows = []
+    for steps in STEPS:
+        for name in metrics:
+            medians = [f"{found[steps][who][name]['median']:.3f}" for who in ("teacher", "student")]
+            middle, low, high = gains[steps][name]
+            row = [str(steps), METRICS[name].title, *medians, f"{middle:+.3f}", f"{low:+.3f} … {high:+.3f}"]
+            rows.append(row)
+    verdicts = {f"nearer than the teacher at {n} step(s): PSNR": gains[n]["psnr_db"][1] > 0 for n in NEARER_AT}
+    at_one = gains[1]["psnr_db"][0]
+    verdicts[f"{at_one:+.2f} dB PSNR at 1 step, at least {GAIN_DB:+g} dB"] = at_one >= GAIN_DB
+    count = len(found[1]["student"]["psnr_db"]["values"])
+    conclude(
+        f"{count} held-out pairs of {chosen.data}, against the teacher's {REFERENCE_STEPS} {REFERENCE_SOLVER} steps",
+        ("steps", "metric", "teacher", "student", "gain, median", "gain, mean (95 %)"),
+        rows,
+        verdicts,
+        summaries={str(steps): found[steps] for steps in STEPS},
+        gains={str(steps): gains[steps] for steps in STEPS},
+    )
