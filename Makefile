@@ -23,6 +23,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
+	mkdir -p runs
 	$(BIN)/python -m pytest benchmarks --benchmark-json=runs/benchmarks.json
 
 $(READY): pyproject.toml constraints.txt
