@@ -40,7 +40,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     ema: float = 0.999
-    precision: str = "bf16"  # Accelerate's mixed precision: "no" or "bf16"
+    precision: str = "bf16"  # autocast: "no" or "bf16"
     seed: int = 0
     save_every_s: float = 60.0
 
@@ -64,7 +64,7 @@ def fit(
     """
     if config.seconds is None and config.steps is None:
         raise ConfigError("a training run without a budget", expected="seconds or steps", fix="give one of them")
-    accelerator = Accelerator(mixed_precision=config.precision, cpu=cpu)
+    accelerator = Accelerator(cpu=cpu)
     module = module.to(accelerator.device).train()
     ema = deepcopy(module).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(
@@ -82,7 +82,8 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * _lr_factor(history.step, done, config)
             rng = np.random.default_rng([config.seed, history.step, accelerator.process_index])
-            value = loss(model, history.step, rng)
+            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                value = loss(model, history.step, rng)
             accelerator.backward(value)
             accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
             optimizer.step()

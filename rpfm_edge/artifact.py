@@ -188,11 +188,16 @@ def _read_manifest(path: Path) -> Artifact:
         )
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-        found = manifest["format"]
+        found = f"has format {manifest['format']}"
+        missing = sorted({"kind", "config", "signatures", "files", "lineage"} - set(manifest))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _unreadable(file, error) from None
-    if found != FORMAT:
-        raise ArtifactError(f"{file} has format {found}", expected=f"format {FORMAT}", fix="make the artifact again")
+    if manifest["format"] != FORMAT or missing:
+        raise ArtifactError(
+            f"{file} {found}" + (f", without {missing}" if missing else ""),
+            expected=f"a complete manifest of format {FORMAT}",
+            fix="make the artifact again",
+        )
     try:
         return _parse(path, manifest)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -202,7 +207,7 @@ def _read_manifest(path: Path) -> Artifact:
 def _unreadable(file: Path, error: Exception) -> ArtifactError:
     return ArtifactError(
         f"{file} cannot be read ({type(error).__name__}: {error})",
-        expected="a complete manifest",
+        expected="a manifest",
         fix="make the artifact again",
     )
 
