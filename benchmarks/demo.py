@@ -1,4 +1,4 @@
-"""How long ``make demo`` takes in a fresh clone of this checkout's HEAD, and how long a second time."""
+"""``python -m benchmarks.demo``: how long ``make demo`` takes in a fresh clone of HEAD, and how long a second time."""
 
 from __future__ import annotations
 
