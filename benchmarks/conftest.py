@@ -89,7 +89,7 @@ def conclude(benchmark: Any, chosen: Chosen, capsys: pytest.CaptureFixture[str])
             table.add_row(*row)
         versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
         with capsys.disabled():
-            console = Console(highlight=False, soft_wrap=True)
+            console = Console(highlight=False, soft_wrap=True, width=120)
             console.print("\n", table, sep="")
             console.print(f"measured on {where['cpu']}, {where['usable_cores']} of {where['cores']} cores; {versions}")
             for target, met in verdicts.items():

@@ -43,7 +43,8 @@ _FROM_MEDIAPIPE = [0, 12, 14, 16, 11, 13, 15, 24, 26, 28, 23, 25, 27, 5, 2, 8, 7
 # fmt: on
 
 _THICKNESS = 4 / 256  # radius of joints and half width of bones, as a share of the height
-_BONE_SHADE = 0.6
+_STARTS, _ENDS = np.array(BONES).T
+_SHADES = [tuple(0.6 * channel for channel in colour) for colour in COLOURS]  # of bones
 _SHIFT = 4  # fractional bits of the coordinates that OpenCV draws at: a slow motion does not jump from pixel to pixel
 _ANGLES = np.linspace(0, 2 * np.pi, 36, endpoint=False)
 _CIRCLE = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], axis=1)
@@ -70,24 +71,25 @@ def draw_skeleton(keypoints: ArrayLike, size: tuple[int, int] = FRAME) -> np.nda
     points = np.clip(given, -1e5, 1e5)  # beyond that OpenCV's integers overflow
     visible = np.asarray(np.isfinite(given).all(axis=1))
     canvas, radius = np.zeros((*size, 3), np.uint8), _THICKNESS * size[0]
-    for bone, (start, end) in enumerate(BONES):
-        if visible[start] and visible[end]:
-            shade = [_BONE_SHADE * channel for channel in COLOURS[bone]]
-            cv2.fillConvexPoly(canvas, _fixed(_ellipse(points[start], points[end], radius)), shade, shift=_SHIFT)
-    for joint in np.flatnonzero(visible):
-        x, y = _fixed(points[joint]).tolist()
-        cv2.circle(canvas, (x, y), round(radius * 2**_SHIFT), COLOURS[joint], cv2.FILLED, shift=_SHIFT)
+    bones = np.flatnonzero(visible[_STARTS] & visible[_ENDS])
+    outlines = _fixed(_ellipses(points[_STARTS[bones]], points[_ENDS[bones]], radius))
+    for bone, outline in zip(bones.tolist(), outlines, strict=True):
+        cv2.fillConvexPoly(canvas, outline, _SHADES[bone], shift=_SHIFT)
+    centres, disc = _fixed(np.where(visible[:, None], points, 0)).tolist(), round(radius * 2**_SHIFT)
+    for joint in np.flatnonzero(visible).tolist():
+        cv2.circle(canvas, centres[joint], disc, COLOURS[joint], cv2.FILLED, shift=_SHIFT)
     return canvas
 
 
-def _ellipse(start: np.ndarray, end: np.ndarray, half_width: float) -> np.ndarray:
-    """(36, 2) points of the ellipse whose long axis is the bone."""
-    axis = (end - start) / 2
-    length = float(np.hypot(*axis))
-    along = axis / length if length else np.array([1.0, 0.0])
-    across = np.array([-along[1], along[0]])
-    outline: np.ndarray = (start + end) / 2 + _CIRCLE @ np.stack([along * length, across * half_width])
-    return outline
+def _ellipses(starts: np.ndarray, ends: np.ndarray, half_width: float) -> np.ndarray:
+    """(n, 36, 2) points of the ellipses whose long axes are the bones, (n, 2) to (n, 2): all at once, for speed."""
+    axes = (ends - starts) / 2
+    lengths = np.hypot(axes[:, 0], axes[:, 1])[:, None]
+    along = np.where(lengths > 0, axes / np.where(lengths > 0, lengths, 1), [1.0, 0.0])
+    across = np.stack([-along[:, 1], along[:, 0]], axis=1)
+    half_axes = np.stack([along * lengths, across * half_width], axis=1)
+    outlines: np.ndarray = ((starts + ends) / 2)[:, None] + _CIRCLE @ half_axes
+    return outlines
 
 
 def _fixed(points: np.ndarray) -> np.ndarray:
