@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from distill.autoencoder import Autoencoder
@@ -74,7 +74,7 @@ def encode_split(
         latents = _encode(split, autoencoder, size, device)
         cache.mkdir(parents=True, exist_ok=True)
         scratch = file.with_name(f".{file.name}.{os.getpid()}")
-        save_file({"latents": latents}, scratch)
+        scratch.write_bytes(save({"latents": latents}))
         scratch.replace(file)
     return EncodedSplit(split, load_file(file)["latents"], size)
 

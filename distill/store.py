@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from distill.batches import EncodedSplit
@@ -146,7 +146,7 @@ def _check_meta(out: Path, config: StoreConfig, identity: str) -> None:
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, scratch)
+        scratch.write_bytes(save(tensors))
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)

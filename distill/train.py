@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from rpfm_edge.errors import ArtifactError, ConfigError
@@ -157,7 +157,8 @@ def _save(
     record = {"step": history.step, "elapsed_s": history.elapsed_s, "losses": history.losses}
     try:
         contiguous = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
-        save_file(contiguous, scratch, metadata={"history": json.dumps(record), "settings": json.dumps(settings)})
+        metadata = {"history": json.dumps(record), "settings": json.dumps(settings)}
+        scratch.write_bytes(save(contiguous, metadata))
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from rpfm_edge.errors import ArtifactError
@@ -21,7 +21,7 @@ def save_weights(module: nn.Module, path: Path, dtype: torch.dtype = torch.float
     }
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, scratch)
+        scratch.write_bytes(save(tensors))  # save_file would hide a full disk in an error of its own
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)

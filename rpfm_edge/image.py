@@ -78,7 +78,10 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
         _check_pixels(header.height, header.width, name)  # before the decoder allocates anything
         if header.closing not in data[header.end :]:  # OpenCV would fill the rest with grey
             raise _no_picture(name, "cut short")
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+    except cv2.error:  # a size beyond OpenCV's own limit, in a format whose header is not read here
+        image = None
     if image is None:
         raise _no_picture(name, "no picture that can be read")
     _check_pixels(image.shape[0], image.shape[1], name)

@@ -45,7 +45,14 @@ def build(graph: Artifact, name: str, engine: Path, options: Mapping[str, Any]) 
             expected="an ONNX graph that it supports",
             fix="export it again",
         ) from error
-    openvino.save_model(model, engine / MODEL, compress_to_fp16=False)
+    try:
+        openvino.save_model(model, engine / MODEL, compress_to_fp16=False)
+    except RuntimeError as error:  # a full disk, most of all
+        raise BackendError(
+            f"OpenVINO cannot write {engine / MODEL}",
+            expected="room for the model",
+            fix="free some space or check the path",
+        ) from error
     compiled = _compile(core, model, source, settings)
     require_signature(source, _signature(compiled, graph.signatures[name]), graph.signatures[name])
 
