@@ -1,14 +1,19 @@
-"""What distillation gains: the flow map and its teacher with the same number of steps, both against the teacher's
-reference solution at the same noise, on identities that neither has seen."""
+"""Quality on identities that no network has seen: what distillation gains, and what the autoencoder loses.
+
+The flow map and its teacher run with the same number of steps, both against the teacher's reference solution at the
+same noise.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+import torch
 
 from distill.reference import REFERENCE_SOLVER, REFERENCE_STEPS, student_images, teacher_images
 from distill.student import load_student
+from rpfm_edge.image import from_model, to_model
 from rpfm_edge.metrics import METRICS, Summary, compare, missing_metrics, paired_bootstrap
 from rpfm_edge.splits import open_splits
 from rpfm_edge.validate import draw_pairs
@@ -66,3 +71,22 @@ def test_student_against_teacher(benchmark: Any, conclude: Any, chosen: Any) -> 
         summaries={str(steps): found[steps] for steps in STEPS},
         gains={str(steps): gains[steps] for steps in STEPS},
     )
+
+
+def test_autoencoder(benchmark: Any, conclude: Any, chosen: Any) -> None:
+    """Every picture of the validation identities through the student's autoencoder."""
+    student, loaded = load_student(chosen.student)
+    pictures = open_splits(chosen.data).validation.images(size=tuple(loaded.config["size"]))
+
+    @torch.no_grad()
+    def reconstructed() -> np.ndarray:
+        batches = np.array_split(pictures, max(1, len(pictures) // 16))
+        codec = student.autoencoder
+        return np.concatenate(
+            [from_model(codec.decode(codec.encode(torch.from_numpy(to_model(b)))).numpy()) for b in batches]
+        )
+
+    found = compare(pictures, benchmark.pedantic(reconstructed, rounds=1), ["psnr_db", "ssim"])
+    rows = [[METRICS[name].title, f"{found[name]['median']:.3f}", f"{found[name]['mean']:.3f}"] for name in found]
+    title = f"{len(pictures)} pictures of the validation identities of {chosen.data}, reconstructed"
+    conclude(title, ("metric", "median", "mean"), rows, {}, reconstruction=found)

@@ -62,10 +62,9 @@ class SmallAutoencoder(nn.Module):
     """A convolutional autoencoder whose work is done at low resolution; 1.9 GFLOP to decode 256 × 176.
 
     A linear path (8 × 8 patches to channels and back) runs beside the convolutions, which start at zero: initialised
-    with
-    the principal components of the data (``set_principal_components``), training begins at their quality, colours
-    included.
-    Latents are normalised by the buffers ``mean`` and ``std`` (per channel), which training measures at its end.
+    with the principal components of the data (``set_principal_components``), training begins at their quality,
+    colours included. Latents are normalised by the buffers ``mean`` and ``std`` (per channel), which training measures
+    at its end.
     """
 
     factor = 8
@@ -199,8 +198,7 @@ def training_loss(autoencoder: SmallAutoencoder, image: Tensor, generator: torch
 
 @torch.no_grad()
 def set_principal_components(autoencoder: SmallAutoencoder, images: Tensor) -> None:
-    """Initialise the linear path with the principal components of the 8 × 8 patches of ``images`` (B, 3, H, W),
-    whitened."""
+    """Initialise the linear path with the whitened principal components of the patches of ``images`` (B, 3, H, W)."""
     patches = F.pixel_unshuffle(images, autoencoder.factor).permute(0, 2, 3, 1).flatten(0, 2).double()
     mean = patches.mean(0)
     variances, components = torch.linalg.eigh(torch.cov((patches - mean).T))
@@ -223,8 +221,7 @@ def normalise(autoencoder: SmallAutoencoder, images: list[Tensor]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class AutoencoderTraining:
-    """How a small autoencoder is trained: whole height, random columns of ``crop_width`` pixels, mirrored half of
-    the time."""
+    """How a small autoencoder is trained: full height, ``crop_width`` random columns, mirrored half of the time."""
 
     train: TrainConfig = field(default_factory=lambda: TrainConfig(lr=2e-3, warmup_steps=50, ema=0.995))
     batch: int = 8

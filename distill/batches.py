@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from distill.autoencoder import Autoencoder
-from rpfm_edge.artifact import json_digest
+from rpfm_edge.artifact import json_digest, write_bytes
 from rpfm_edge.data import Split
 from rpfm_edge.image import to_model
 from rpfm_edge.pose import draw_skeleton, flip
@@ -59,8 +58,10 @@ class EncodedSplit:
 def encode_split(
     split: Split, autoencoder: Autoencoder, cache: Path, size: tuple[int, int], device: torch.device | str = "cpu"
 ) -> EncodedSplit:
-    """Encode every image of a split, plain and mirrored; kept in the folder ``cache`` under the digest of names and
-    weights."""
+    """Encode every image of a split, plain and mirrored.
+
+    The latents are kept in the folder ``cache`` under the digest of data set, names, size and weights.
+    """
     key = json_digest(
         {
             "root": str(split.root.resolve()),
@@ -71,11 +72,7 @@ def encode_split(
     )
     file = cache / f"latents-{key[:16]}.safetensors"
     if not file.exists():
-        latents = _encode(split, autoencoder, size, device)
-        cache.mkdir(parents=True, exist_ok=True)
-        scratch = file.with_name(f".{file.name}.{os.getpid()}")
-        scratch.write_bytes(save({"latents": latents}))
-        scratch.replace(file)
+        write_bytes(file, save({"latents": _encode(split, autoencoder, size, device)}))
     return EncodedSplit(split, load_file(file)["latents"], size)
 
 

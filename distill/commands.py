@@ -1,5 +1,4 @@
-"""``train`` and ``distill``: the stages from data to a teacher and from a teacher to a student, each with a time
-budget.
+"""``train`` and ``distill``: from data to a teacher and from a teacher to a student, each stage with a time budget.
 
 Everything that takes long is kept in a work folder beside the result and continued from there after a kill.
 """
@@ -64,8 +63,7 @@ class TrainRecipe:
 
 @dataclass(frozen=True, slots=True)
 class DistillRecipe:
-    """A student from a teacher. ``store_seconds`` and ``seconds`` bound solving and training; ``trajectories`` the
-    store."""
+    """A student from a teacher. ``trajectories`` and ``store_seconds`` bound the store, ``seconds`` the training."""
 
     method: Method = "flowmap"
     steps: int = 4
@@ -206,8 +204,7 @@ def _stage(
 
 
 def thin(losses: list[float], points: int = 200) -> list[tuple[int, float]]:
-    """(step, mean loss since the last point) at about ``points`` places: enough for a curve, small enough for a
-    manifest."""
+    """(step, mean loss since the last point) at about ``points`` places: a curve that fits in a manifest."""
     edges = np.unique(np.linspace(0, len(losses), points + 1).astype(int))
     return [(int(b), float(np.mean(losses[a:b]))) for a, b in pairwise(edges)]
 

@@ -1,5 +1,4 @@
-"""What the teacher, and a student as torch runs it, make of given pairs at given noise: the reference of every drift
-figure."""
+"""What teacher and student make of given pairs at given noise, in torch: the reference of every drift figure."""
 
 from __future__ import annotations
 

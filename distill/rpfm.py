@@ -142,8 +142,7 @@ class PoseEncoder(nn.Module):
 
 
 class RPFM(nn.Module):
-    """The velocity network v(x_t, t | pose, source), and with a step embedding the flow map's u(x_t, t, d | pose,
-    source)."""
+    """The velocity v(x_t, t | pose, source); with a step embedding the flow map's u(x_t, t, d | pose, source)."""
 
     def __init__(self, config: RPFMConfig) -> None:
         super().__init__()

@@ -6,7 +6,6 @@ A shard is a pure function of (config, shard index): a store can be built in pie
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,10 +18,10 @@ from torch import Tensor
 
 from distill.batches import EncodedSplit
 from distill.teacher import Teacher
-from rpfm_edge.artifact import write_text
+from rpfm_edge.artifact import write_bytes, write_text
 from rpfm_edge.data import draw_batch
 from rpfm_edge.errors import ConfigError, InputError
-from rpfm_edge.flow import EVALUATIONS, Solver, solve, time_grid
+from rpfm_edge.flow import Solver, solve, time_grid
 from rpfm_edge.progress import progress
 
 
@@ -47,11 +46,6 @@ class StoreConfig:
         """Number of shards of the whole store."""
         return -(-self.trajectories // self.shard_size)
 
-    @property
-    def evaluations(self) -> int:
-        """Velocity evaluations per trajectory (each is two network forwards where guidance is on)."""
-        return self.grid * EVALUATIONS[self.solver]
-
 
 @dataclass(frozen=True, slots=True)
 class Trajectories:
@@ -61,13 +55,7 @@ class Trajectories:
     sources: np.ndarray  # (n,) image indices
     targets: np.ndarray  # (n,)
     flips: np.ndarray  # (n,) bool
-    shard_size: int
     targets_per_source: int
-
-    @property
-    def grid(self) -> int:
-        """Number of stored intervals."""
-        return self.states.shape[1] - 1
 
 
 @torch.no_grad()
@@ -98,7 +86,7 @@ def build_store(
             if not path.exists():
                 if seconds is not None and time.monotonic() - started > seconds:
                     break
-                _write(path, _solve_shard(teacher, data, config, shard, device))
+                write_bytes(path, save(_solve_shard(teacher, data, config, shard, device)))
             advance(done + 1, f"{config.shard_size * (done + 1)} paths")
     return len(list(out.glob("shard-*.safetensors")))
 
@@ -143,15 +131,6 @@ def _check_meta(out: Path, config: StoreConfig, identity: str) -> None:
         )
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_bytes(save(tensors))
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
 def load_store(folder: Path) -> Trajectories:
     """Read every shard into memory."""
     files = sorted(folder.glob("shard-*.safetensors"))
@@ -165,6 +144,5 @@ def load_store(folder: Path) -> Trajectories:
         sources=merged["sources"].numpy(),
         targets=merged["targets"].numpy(),
         flips=merged["flips"].numpy(),
-        shard_size=len(shards[0]["states"]),
         targets_per_source=meta["targets_per_source"],
     )

@@ -1,5 +1,4 @@
-"""Students: the teacher's network, distilled to few steps with the guidance folded in, and the artifact that holds
-one."""
+"""Students: the teacher's network, distilled to few steps with the guidance folded in, and their artifact."""
 
 from __future__ import annotations
 

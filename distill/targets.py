@@ -42,8 +42,7 @@ def reflow(states: Tensor, rng: np.random.Generator) -> Target:
 
 
 def flowmap(states: Tensor, rng: np.random.Generator) -> Target:
-    """Average velocity between stored states of one path: ``u(x_t, t, d) = (x_{t+d} - x_t) / d`` with d in {1, 1/2,
-    1/4, 1/8}."""
+    """Average velocity between stored states of one path: ``(x_{t+d} - x_t) / d`` with d in {1, 1/2, 1/4, 1/8}."""
     grid = states.shape[1] - 1
     steps = 2 ** rng.choice(MAX_STEPS_LOG2 + 1, size=len(states), p=STEP_ODDS)
     start = (rng.random(len(states)) * steps).astype(np.int64) * grid // steps
@@ -66,6 +65,5 @@ def endpoint(states: Tensor, steps: int) -> list[Tensor]:
 
 
 def pseudo_huber(error: Tensor, c: float = 0.03) -> Tensor:
-    """``mean_b( sqrt(mean(e²) + c²) - c )``: quadratic near zero, linear for outliers (arXiv 2405.20320, c per
-    element)."""
+    """``mean_b( sqrt(mean(e²) + c²) - c )``: quadratic near zero, then linear (arXiv 2405.20320; c per element)."""
     return ((error.flatten(1).square().mean(1) + c**2).sqrt() - c).mean()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -21,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from rpfm_edge.artifact import write_bytes
 from rpfm_edge.errors import ArtifactError, ConfigError
 from rpfm_edge.progress import progress
 
@@ -152,16 +152,9 @@ def _save(
     tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
     record = {"step": history.step, "elapsed_s": history.elapsed_s, "losses": history.losses}
-    try:
-        contiguous = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
-        metadata = {"history": json.dumps(record), "settings": json.dumps(settings)}
-        scratch.write_bytes(save(contiguous, metadata))
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    contiguous = {k: v.detach().contiguous() for k, v in tensors.items()}
+    write_bytes(path, save(contiguous, {"history": json.dumps(record), "settings": json.dumps(settings)}))
 
 
 def _restore(

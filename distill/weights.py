@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
+from rpfm_edge.artifact import write_bytes
 from rpfm_edge.errors import ArtifactError
 
 
@@ -19,12 +19,7 @@ def save_weights(module: nn.Module, path: Path, dtype: torch.dtype = torch.float
         name: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
         for name, value in module.state_dict().items()
     }
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_bytes(save(tensors))  # save_file would hide a full disk in an error of its own
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_bytes(path, save(tensors))  # save_file would hide a full disk in an error of its own
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

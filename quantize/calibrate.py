@@ -6,7 +6,6 @@ The frame graph contains its steps, so on these inputs it is seen at the student
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from quantize.execute import Graph
-from rpfm_edge.artifact import Artifact, file_digest
+from rpfm_edge.artifact import Artifact, file_digest, write_bytes
 from rpfm_edge.data import Split
 from rpfm_edge.errors import ArtifactError, ConfigError, InputError
 from rpfm_edge.pose import draw_skeleton
@@ -173,12 +172,5 @@ def _source_kv(graph: Artifact, sources: np.ndarray) -> np.ndarray:
 
 
 def _write(out: Path, arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
-    """Write aside, then rename."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        scratch.write_bytes(save(contiguous, {"facts": json.dumps(facts, sort_keys=True)}))
-        scratch.replace(out)
-    finally:
-        scratch.unlink(missing_ok=True)
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    write_bytes(out, save(contiguous, {"facts": json.dumps(facts, sort_keys=True)}))

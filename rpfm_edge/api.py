@@ -129,8 +129,10 @@ def validate(
     pairs: int = 32,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Drift of a bundle against its teacher and the ground truth on held-out pairs; ``violations`` lists what is
-    over budget."""
+    """Drift of a bundle against its teacher and the ground truth on held-out pairs.
+
+    ``violations`` of the result lists what is over the budget.
+    """
     _require("torch", "distill")
     _require("skimage", "validate")
     loaded = artifact.load(assets.resolve(bundle), "bundle")

@@ -122,11 +122,16 @@ def _replace(scratch: Path, out: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``path`` aside and rename it into place."""
+    """``write_bytes`` of UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write ``path`` aside and rename it into place, so that nobody ever reads half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        scratch.write_text(text, encoding="utf-8")
+        scratch.write_bytes(data)
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rpfm_edge import api, artifact, assets, measure, metrics
+from rpfm_edge import api, artifact, assets, metrics
+from rpfm_edge.artifact import Artifact
 from rpfm_edge.bench import bench_backend
 from rpfm_edge.bundle import add_evidence
 from rpfm_edge.image import save_png
@@ -19,7 +20,15 @@ from rpfm_edge.pose import draw_skeleton
 from rpfm_edge.recipe import Recipe
 from rpfm_edge.report import Evidence, write_report
 from rpfm_edge.splits import open_splits
-from rpfm_edge.validate import Pairs, bundle_images, draw_pairs, drift, plural
+from rpfm_edge.validate import (
+    Pairs,
+    bundle_images,
+    circumstances,
+    draw_pairs,
+    drift,
+    plural,
+    teacher_stages,
+)
 
 STEPS = (1, 2, 4, 8)
 
@@ -56,73 +65,45 @@ def compare_steps(recipe: Recipe, teacher: str | Path, student: Path, out: Path)
 
 def judge(recipe: Recipe, teacher: str | Path, student: str, bundles: Mapping[str, Path], out: Path) -> None:
     """Drift and speed of every bundle, the pictures of the first pairs, and the verdict on the recipe's own bundle."""
-    from distill.reference import REFERENCE_SOLVER, REFERENCE_STEPS, student_images, teacher_images
+    from distill.reference import student_images
 
-    own = artifact.load(bundles[recipe.quantize.precision], "bundle")
-    steps = int(own.config["steps"])
+    opened = {precision: artifact.load(path, "bundle") for precision, path in bundles.items()}
+    own, targets = opened[recipe.quantize.precision], recipe.build.targets
+    steps, judged = int(own.config["steps"]), f"{recipe.quantize.precision}, {targets[0]}"
+    in_torch = f"student, {plural(steps)}"
     pairs = held_out_pairs(recipe, own.config)
-    inputs = (pairs.sources, pairs.skeletons, pairs.noise)
-    reference, few = (REFERENCE_STEPS, REFERENCE_SOLVER), (steps, "euler")
-    slow = teacher_images(teacher, *inputs, {reference, few})
-    made = {f"student, {plural(steps)}": student_images(student, *inputs, [steps])[steps]}
-    for precision, bundle in bundles.items():
-        for backend in recipe.build.targets:
-            made[f"{precision}, {backend}"] = bundle_images(bundle, backend, pairs)
+    made = {in_torch: student_images(student, pairs.sources, pairs.skeletons, pairs.noise, [steps])[steps]}
+    for precision, bundle in opened.items():
+        for backend in targets:
+            made[f"{precision}, {backend}"] = bundle_images(bundle.path, backend, pairs)
 
-    stages: list[dict[str, Any]] = [
-        {"stage": "teacher, reference", "against_truth": metrics.compare(pairs.truths, slow[reference])},
-        {"stage": f"teacher, {plural(steps)}", **drift(slow[few], slow[reference], pairs.truths)},
-        *({"stage": name, **drift(images, slow[reference], pairs.truths)} for name, images in made.items()),
-    ]
-    judged = f"{recipe.quantize.precision}, {recipe.build.targets[0]}"
-    summary = next(stage for stage in stages if stage["stage"] == judged)["against_teacher"]
-    violations = Budget.from_dict(recipe.validate.budget, "the recipe").check(summary)
-    speed = [
-        bench_backend(
-            artifact.load(bundle, "bundle"),
-            backend,
-            pairs.sources[0],
-            first_pose(recipe, own.config),
-            recipe.bench.runs,
-            recipe.bench.seconds,
-        )
-        for bundle in bundles.values()
-        for backend in recipe.build.targets
-    ]
-    columns = {
-        "source": pairs.sources,
-        "pose": pairs.skeletons,
-        "ground truth": pairs.truths,
-        "teacher": slow[reference],
-    }
-    columns |= {f"student, {plural(steps)}": made[f"student, {plural(steps)}"], judged: made[judged]}
-    evidence = {
-        "stages": stages,
-        "speed": speed,
-        "violations": violations,
-        "judged": judged,
-        "pairs": pairs.names,
-        "missing": metrics.missing_metrics(),
-        "machine": measure.where(),
-        "pictures": save_pictures(out.parent / "pictures", columns, recipe.validate.pictures),
-        "reference": {"steps": REFERENCE_STEPS, "solver": REFERENCE_SOLVER},
-    }
-    artifact.write_text(out, json.dumps(evidence, indent=1))
-    add_evidence(
-        own, "drift", {k: evidence[k] for k in ("stages", "violations", "pairs", "machine", "reference", "missing")}
-    )
+    reference, stages = teacher_stages(teacher, pairs, steps)
+    compared = {name: drift(images, reference, pairs.truths) for name, images in made.items()}
+    stages += [{"stage": name, **distances} for name, distances in compared.items()]
+    violations = Budget.from_dict(recipe.validate.budget, "the recipe").check(compared[judged]["against_teacher"])
+    speed = measure_speed(recipe, list(opened.values()), pairs.sources[0])
+    columns = {"source": pairs.sources, "pose": pairs.skeletons, "ground truth": pairs.truths, "teacher": reference}
+    columns |= {name: made[name] for name in (in_torch, judged)}
+    quality = {**circumstances(pairs), "stages": stages, "violations": violations}
+    pictures = save_pictures(out.parent / "pictures", columns, recipe.validate.pictures)
+    artifact.write_text(out, json.dumps({**quality, "speed": speed, "judged": judged, "pictures": pictures}, indent=1))
+    add_evidence(own, "drift", quality)
     add_evidence(own, "speed", {"backends": [s for s in speed if s["precision"] == own.config["precision"]]})
 
 
-def first_pose(recipe: Recipe, config: Mapping[str, Any]) -> np.ndarray:
-    """A pose to time with: the target of the test split's first pair."""
+def measure_speed(recipe: Recipe, bundles: Sequence[Artifact], source: np.ndarray) -> list[dict[str, Any]]:
+    """Every bundle on every target, with ``source`` in the pose of the first held-out target."""
     test = open_splits(recipe.data).test
-    return test.pose(int(test.pairs[0][1]), tuple(config["size"]))
+    pose = test.pose(int(test.pairs[0][1]), tuple(bundles[0].config["size"]))
+    return [
+        bench_backend(bundle, backend, source, pose, recipe.bench.runs, recipe.bench.seconds)
+        for bundle in bundles
+        for backend in recipe.build.targets
+    ]
 
 
 def save_pictures(folder: Path, columns: Mapping[str, np.ndarray], count: int) -> list[dict[str, str]]:
-    """Save the first ``count`` images of each column; returns a row of title → file (relative to ``folder``'s
-    parent) each."""
+    """Save the first ``count`` images of each column; returns rows of title → file, relative to ``folder``'s parent."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for index in range(min(count, len(next(iter(columns.values()))))):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +9,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from rpfm_edge.artifact import write_bytes
 from rpfm_edge.errors import ConfigError, InputError
 
 MAX_PIXELS = 50_000_000
@@ -131,13 +131,7 @@ def save_png(path: str | Path, image: np.ndarray) -> None:
     if path.suffix.lower() != ".png":
         raise ConfigError(f"{path} is no PNG file name", expected="a name that ends in .png", fix="rename it")
     _, encoded = cv2.imencode(".png", cv2.cvtColor(check_image(image), cv2.COLOR_RGB2BGR))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_bytes(encoded.tobytes())
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_bytes(path, encoded.tobytes())
 
 
 def to_model(images: np.ndarray) -> np.ndarray:

@@ -80,8 +80,11 @@ class Pipeline:
             return cls(loaded, name, prepare, frame, stack.pop_all())
 
     def prepare(self, source: str | Path | Image) -> Person:
-        """Encode the person of ``source`` (a file, or (H, W, 3) uint8 RGB; padded to the bundle's aspect): once per
-        identity."""
+        """Encode a person, once per identity.
+
+        Args:
+            source: a file, or (H, W, 3) uint8 RGB; padded to the bundle's aspect.
+        """
         image = load_image(source, self.size)
         return Person(self._prepare.run({"source": image[None]})["source_kv"], self._digest)
 

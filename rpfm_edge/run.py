@@ -30,8 +30,10 @@ class Stages:
     def once(
         self, name: str, config: Any, inputs: Mapping[str, str | Path], out: Path, make: Callable[[], Any]
     ) -> tuple[Path, bool]:
-        """Run ``make`` (which writes ``out``) unless the record says that this very thing was made. Returns (out,
-        fresh)."""
+        """Run ``make``, which writes ``out``, unless the record says that this very thing was made.
+
+        Returns ``out`` and whether it is fresh.
+        """
         record = self.folder / "stages" / f"{name}.json"
         key = json_digest(
             {

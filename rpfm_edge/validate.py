@@ -1,5 +1,4 @@
-"""Quality: a bundle against its teacher at the same noise, and both against the ground truth, on held-out
-identities."""
+"""Quality on held-out identities: a bundle against its teacher at the same noise, and both against the ground truth."""
 
 from __future__ import annotations
 
@@ -71,6 +70,34 @@ def drift(images: np.ndarray, teacher: np.ndarray, truths: np.ndarray) -> dict[s
     return {"against_teacher": metrics.compare(teacher, images), "against_truth": metrics.compare(truths, images)}
 
 
+def teacher_stages(teacher: str | Path, pairs: Pairs, steps: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """The teacher's reference images, and the first stages of every drift table.
+
+    These are the reference against the truth, and the teacher with ``steps`` Euler steps: what one gets without
+    distilling.
+    """
+    from distill.reference import REFERENCE_SOLVER, REFERENCE_STEPS, teacher_images
+
+    reference, few = (REFERENCE_STEPS, REFERENCE_SOLVER), (steps, "euler")
+    made = teacher_images(teacher, pairs.sources, pairs.skeletons, pairs.noise, {reference, few})
+    return made[reference], [
+        {"stage": "teacher, reference", "against_truth": metrics.compare(pairs.truths, made[reference])},
+        {"stage": f"teacher, {plural(steps)}", **drift(made[few], made[reference], pairs.truths)},
+    ]
+
+
+def circumstances(pairs: Pairs) -> dict[str, Any]:
+    """What stands beside every drift figure: the pairs, the reference solution, what was not measured, the machine."""
+    from distill.reference import REFERENCE_SOLVER, REFERENCE_STEPS
+
+    return {
+        "pairs": pairs.names,
+        "reference": {"steps": REFERENCE_STEPS, "solver": REFERENCE_SOLVER},
+        "missing": metrics.missing_metrics(),
+        "machine": measure.where(),
+    }
+
+
 def validate(
     bundle: Artifact,
     teacher: str | Path,
@@ -82,35 +109,24 @@ def validate(
 ) -> dict[str, Any]:
     """Measure drift on ``count`` pairs for each backend, keep it in the bundle as evidence, and judge it by ``budget``.
 
-    Stages: the teacher with as many Euler steps as the bundle has (what one gets without distillation), then the
-    bundle on
-    each backend; all against the teacher's reference solution. The violations of the budget are those of the bundle.
+    Stages: those of the teacher (``teacher_stages``), then the bundle on each backend; all against the teacher's
+    reference solution. The violations of the budget are those of the bundle.
     """
-    from distill.reference import REFERENCE_SOLVER, REFERENCE_STEPS, teacher_images
-
     steps = int(bundle.config["steps"])
     pairs = draw_pairs(split, count, tuple(bundle.config["size"]), bundle.config["latent_shape"], seed)
-    reference, few = (REFERENCE_STEPS, REFERENCE_SOLVER), (steps, "euler")
-    made = teacher_images(teacher, pairs.sources, pairs.skeletons, pairs.noise, {reference, few})
-    stages = [
-        {"stage": "teacher, reference", "against_truth": metrics.compare(pairs.truths, made[reference])},
-        {"stage": f"teacher, {plural(steps)}", **drift(made[few], made[reference], pairs.truths)},
-    ]
+    reference, stages = teacher_stages(teacher, pairs, steps)
     violations = []
     for backend in backends:
-        stage = drift(bundle_images(bundle.path, backend, pairs), made[reference], pairs.truths)
+        stage = drift(bundle_images(bundle.path, backend, pairs), reference, pairs.truths)
         stages.append({"stage": f"bundle, {plural(steps)}, {bundle.config['precision']}, {backend}", **stage})
         violations += [f"{backend}: {text}" for text in budget.check(stage["against_teacher"])]
     evidence = {
+        **circumstances(pairs),
         "stages": stages,
         "teacher": str(teacher),
-        "reference": {"steps": REFERENCE_STEPS, "solver": REFERENCE_SOLVER},
-        "pairs": pairs.names,
         "seed": seed,
         "budget": {k: v for k, v in asdict(budget).items() if v is not None},
         "violations": violations,
-        "missing": metrics.missing_metrics(),
-        "machine": measure.where(),
     }
     add_evidence(bundle, "drift", evidence)
     return evidence

@@ -101,13 +101,15 @@ def test_a_failure_leaves_nothing(out: Path) -> None:
 
 @pytest.mark.parametrize("where", ["content", "manifest"])
 def test_a_full_disk_leaves_the_old_artifact(out: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    old = make(out)
+    old, write = make(out), Path.write_bytes
 
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(self: Path, data: bytes) -> int:
+        if where == "content" or artifact.MANIFEST in self.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes" if where == "content" else "write_text", full)
+        patch.setattr(Path, "write_bytes", full)
         with pytest.raises(OSError, match="No space left"):
             make(out, content=b"new")
     assert artifact.load(out).digest == old.digest
@@ -117,12 +119,14 @@ def test_a_full_disk_leaves_the_old_artifact(out: Path, where: str, monkeypatch:
 def test_a_full_disk_leaves_the_old_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact.write_text(tmp_path / "report.json", "old")
 
-    def half(self: Path, text: str, **_: Any) -> None:
-        self.write_bytes(text[: len(text) // 2].encode())
+    write = Path.write_bytes
+
+    def half(self: Path, data: bytes) -> None:
+        write(self, data[: len(data) // 2])
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", half)
+        patch.setattr(Path, "write_bytes", half)
         with pytest.raises(OSError, match="No space left"):
             artifact.write_text(tmp_path / "report.json", "new and longer")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"report.json": "old"}
