@@ -51,7 +51,7 @@ def test_training_beats_the_linear_start_and_normalises(images: np.ndarray, tmp_
     start = SmallAutoencoder(TINY)
     set_principal_components(start, x)
     config = AutoencoderTraining(
-        TrainConfig(steps=120, lr=4e-3, warmup_steps=10, ema=0.95, precision="no"), crop_width=48
+        TrainConfig(steps=200, lr=4e-3, warmup_steps=10, ema=0.95, precision="no"), crop_width=48
     )
     trained, _ = train_autoencoder(SmallAutoencoder(TINY), lambda i: images[i], len(images), config, tmp_path / "c")
     with torch.no_grad():
