@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.resident import as_model
 from distill.train import History, TrainConfig, fit
 from rpfm_edge.errors import ConfigError
-from rpfm_edge.image import to_model
 
 
 class Autoencoder(Protocol):
@@ -185,14 +185,13 @@ def reconstruction_loss(output: Tensor, image: Tensor) -> Tensor:
     return F.l1_loss(output, image) + F.mse_loss(output, image) + gradient
 
 
-def training_loss(autoencoder: SmallAutoencoder, image: Tensor, generator: torch.Generator) -> Tensor:
+def training_loss(autoencoder: SmallAutoencoder, image: Tensor, noise: Tensor) -> Tensor:
     """Reconstruction through slightly noisy latents: the decoder must forgive what the flow model gets wrong.
 
-    The weak penalty on the latents' size only keeps their scale from drifting.
+    The weak penalty on the latents' size only keeps their scale from drifting. ``noise`` is shaped like the latents.
     """
     latent = autoencoder.raw_encode(image)
-    noise = torch.randn(latent.shape, generator=generator, device=generator.device).to(latent)
-    noisy = latent + LATENT_NOISE * latent.detach().std((0, 2, 3), keepdim=True) * noise
+    noisy = latent + LATENT_NOISE * latent.detach().std((0, 2, 3), keepdim=True) * noise.to(latent)
     return reconstruction_loss(autoencoder.raw_decode(noisy), image) + 1e-3 * latent.square().mean()
 
 
@@ -233,35 +232,41 @@ class _Loss(nn.Module):
         super().__init__()
         self.autoencoder = autoencoder
 
-    def forward(self, image: Tensor, seed: int) -> Tensor:
-        return training_loss(self.autoencoder, image, torch.Generator().manual_seed(seed))
+    def forward(self, image: Tensor, noise: Tensor) -> Tensor:
+        return training_loss(self.autoencoder, image, noise)
 
 
 def train_autoencoder(
     autoencoder: SmallAutoencoder,
-    read: Callable[[int], np.ndarray],
+    pictures: Callable[[np.ndarray], Tensor],
     count: int,
     config: AutoencoderTraining,
     checkpoint: Path,
 ) -> tuple[SmallAutoencoder, History]:
-    """Train on ``count`` images that ``read(index)`` gives as (H, W, 3) uint8; returns the EMA, normalised. Resumes."""
+    """Train on ``count`` images and return the EMA, normalised. Resumes from ``checkpoint``.
 
-    def batch(indices: np.ndarray) -> Tensor:
-        return torch.from_numpy(to_model(np.stack([read(int(i)) for i in indices])))
+    ``pictures(indices)`` are those images as (n, H, W, 3) uint8, on any device (``resident.Pictures``).
+    """
+    factor, channels = autoencoder.factor, autoencoder.latent_channels
 
     def step_loss(model: nn.Module, step: int, rng: np.random.Generator) -> Tensor:
-        images = batch(rng.integers(0, count, config.batch))
-        left = int(rng.integers(0, max(0, images.shape[3] - config.crop_width) + 1)) // 8 * 8
-        images = images[..., left : left + config.crop_width]
-        images = images.flip(3) if rng.random() < 0.5 else images
         device = next(model.parameters()).device
-        return model(images.to(device, memory_format=torch.channels_last), int(rng.integers(2**63)))
+        images = pictures(rng.integers(0, count, config.batch)).to(device)
+        left = int(rng.integers(0, max(0, images.shape[2] - config.crop_width) + 1)) // 8 * 8
+        images = images[:, :, left : left + config.crop_width]
+        images = as_model(images.flip(2) if rng.random() < 0.5 else images)
+        draw = torch.Generator(device).manual_seed(int(rng.integers(2**63)))
+        shape = (len(images), channels, images.shape[2] // factor, images.shape[3] // factor)
+        noise = torch.randn(shape, generator=draw, device=device)
+        return model(images.contiguous(memory_format=torch.channels_last), noise)
 
     few = np.linspace(0, count - 1, min(count, 344)).astype(int)
     if not checkpoint.exists():
-        set_principal_components(autoencoder, batch(few))
+        set_principal_components(autoencoder, as_model(pictures(few).cpu()).contiguous())
     module = _Loss(autoencoder.to(memory_format=torch.channels_last))
     ema, history = fit(module, step_loss, config.train, checkpoint, "autoencoder")
     trained = ema.autoencoder
-    normalise(trained, [batch(few[i : i + 8]).to(next(trained.parameters()).device) for i in range(0, len(few), 8)])
+    device = next(trained.parameters()).device
+    batches = (few[i : i + 8] for i in range(0, len(few), 8))
+    normalise(trained, [as_model(pictures(batch).to(device)).contiguous() for batch in batches])
     return trained, history

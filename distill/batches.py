@@ -1,7 +1,8 @@
-"""Training batches: latents encoded once, skeletons drawn on the fly, sources shared by several targets."""
+"""Training batches: latents encoded once, sources shared by several targets, skeletons drawn once or on the fly."""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from distill.autoencoder import Autoencoder
+from distill.resident import Pictures, as_model, fits, make_pictures, open_pictures
 from rpfm_edge.artifact import json_digest, write_bytes
 from rpfm_edge.data import Split
 from rpfm_edge.image import to_model
@@ -29,24 +31,35 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class EncodedSplit:
-    """A split with the latents of its images, plain and mirrored: ``latents[flipped, index]``, float16."""
+    """A split with the latents of its images, plain and mirrored: ``latents[flipped, index]``, float16.
+
+    ``skeletons[flipped, index]`` are the drawn poses, uint8, where they lie on the latents' device; without them each
+    batch draws its own.
+    """
 
     split: Split
     latents: Tensor  # (2, N, C, h, w)
     size: tuple[int, int]
+    skeletons: Tensor | None = None  # (2, N, H, W, 3)
 
     def batch(
         self, sources: np.ndarray, targets: np.ndarray, flips: np.ndarray, device: torch.device | str = "cpu"
     ) -> Batch:
         """The batch of (S,) sources, (S, M) targets and (S,) mirrorings, as ``data.draw_batch`` gives them."""
-        mirrored = torch.from_numpy(flips.astype(np.int64))
-        source = self.latents[mirrored, torch.from_numpy(sources)]
-        target = self.latents[mirrored.repeat_interleave(targets.shape[1]), torch.from_numpy(targets.ravel())]
-        skeletons = [
-            self.skeleton(index, flipped) for row, flipped in zip(targets, flips, strict=True) for index in row
-        ]
-        pose = torch.from_numpy(to_model(np.stack(skeletons)))
-        return Batch(source.float().to(device), pose.to(device), target.float().to(device))
+        place = self.latents.device
+        mirrored = torch.from_numpy(flips.astype(np.int64)).to(place)
+        flipped, wanted = mirrored.repeat_interleave(targets.shape[1]), torch.from_numpy(targets.ravel()).to(place)
+        source = self.latents[mirrored, torch.from_numpy(sources).to(place)]
+        if self.skeletons is None:
+            pose = self._draw(targets, flips)
+        else:
+            pose = as_model(self.skeletons[flipped, wanted]).contiguous()
+        target = self.latents[flipped, wanted]
+        return Batch(source.to(device).float(), pose.to(device), target.to(device).float())
+
+    def _draw(self, targets: np.ndarray, flips: np.ndarray) -> Tensor:
+        drawn = [self.skeleton(index, flipped) for row, flipped in zip(targets, flips, strict=True) for index in row]
+        return torch.from_numpy(to_model(np.stack(drawn)))
 
     def skeleton(self, index: int, flipped: bool = False) -> np.ndarray:
         """(H, W, 3) uint8: the drawn pose of image ``index``."""
@@ -54,13 +67,18 @@ class EncodedSplit:
         return draw_skeleton(flip(keypoints, self.size[1]) if flipped else keypoints, self.size)
 
 
-@torch.no_grad()
 def encode_split(
-    split: Split, autoencoder: Autoencoder, cache: Path, size: tuple[int, int], device: torch.device | str = "cpu"
+    split: Split,
+    autoencoder: Autoencoder,
+    cache: Path,
+    size: tuple[int, int],
+    device: torch.device | str = "cpu",
+    pictures: Pictures | None = None,
 ) -> EncodedSplit:
-    """Encode every image of a split, plain and mirrored.
+    """Encode every image of a split, plain and mirrored; on a GPU the result stays there, skeletons too if they fit.
 
-    The latents are kept in the folder ``cache`` under the digest of data set, names, size and weights.
+    The latents are kept in the folder ``cache`` under the digest of data set, names, size and weights. ``pictures``
+    are those of the split, where somebody has them already.
     """
     key = json_digest(
         {
@@ -72,23 +90,49 @@ def encode_split(
     )
     file = cache / f"latents-{key[:16]}.safetensors"
     if not file.exists():
-        write_bytes(file, save({"latents": _encode(split, autoencoder, size, device)}))
-    return EncodedSplit(split, load_file(file)["latents"], size)
+        pictures = pictures or open_pictures(split, size, device)
+        write_bytes(file, save({"latents": _encode(pictures, autoencoder, device)}))
+    return settle_split(EncodedSplit(split, load_file(file)["latents"], size), device)
 
 
-def _encode(split: Split, autoencoder: Autoencoder, size: tuple[int, int], device: torch.device | str) -> Tensor:
+def settle_split(data: EncodedSplit, device: torch.device | str, resident: bool | None = None) -> EncodedSplit:
+    """The split with its latents on a GPU, and all its skeletons drawn there if they fit; on a CPU as it is.
+
+    ``resident``: draw them, or not, wherever it is.
+    """
+    count, (height, width) = len(data.split.names), data.size
+    on_gpu = torch.device(device).type == "cuda"
+    latents = data.latents.to(device) if on_gpu or resident else data.latents
+    if resident is None:
+        resident = fits(2 * count * height * width * 3, device)
+    if not resident:
+        return EncodedSplit(data.split, latents, data.size)
+    drawn = make_pictures(
+        lambda i: data.skeleton(i % count, i >= count), 2 * count, data.size, device, "drawing skeletons"
+    )
+    return EncodedSplit(data.split, latents, data.size, drawn.unflatten(0, (2, count)))
+
+
+@torch.no_grad()
+def _encode(pictures: Pictures, autoencoder: Autoencoder, device: torch.device | str) -> Tensor:
     plain, mirrored = [], []
-    with progress("encoding images", total=len(split.names)) as advance:
-        for start in range(0, len(split.names), 32):
-            indices = range(start, min(start + 32, len(split.names)))
-            images = torch.from_numpy(to_model(np.stack([split.image(i, size) for i in indices]))).to(device)
+    count = len(pictures.split.names)
+    pictures(np.arange(1))  # decodes all of them where they stay, behind a bar of its own
+    with progress("encoding images", total=count) as advance:
+        for start in range(0, count, 32):
+            indices = np.arange(start, min(start + 32, count))
+            images = as_model(pictures(indices).to(device)).contiguous()
             plain.append(autoencoder.encode(images).half().cpu())
             mirrored.append(autoencoder.encode(images.flip(3)).half().cpu())
-            advance(indices[-1] + 1)
+            advance(start + len(indices))
     return torch.stack([torch.cat(plain), torch.cat(mirrored)]).contiguous()
 
 
-def _fingerprint(autoencoder: Autoencoder) -> float:
-    """A number that changes with the weights: enough to tell caches of one project apart."""
+def _fingerprint(autoencoder: Autoencoder) -> str:
+    """sha256 of the weights, the same on every device."""
     assert isinstance(autoencoder, nn.Module)
-    return float(sum(p.detach().double().abs().sum() for p in autoencoder.parameters()))
+    sha = hashlib.sha256()
+    for name, value in autoencoder.state_dict().items():
+        sha.update(name.encode())
+        sha.update(value.detach().float().cpu().numpy().tobytes())
+    return sha.hexdigest()

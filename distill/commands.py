@@ -5,7 +5,6 @@ Everything that takes long is kept in a work folder beside the result and contin
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,10 +16,11 @@ from accelerate import PartialState
 
 from distill import autoencoder as autoencoders
 from distill.autoencoder import AutoencoderTraining, SmallAutoencoder, SmallAutoencoderConfig, train_autoencoder
-from distill.batches import encode_split
+from distill.batches import EncodedSplit, encode_split
+from distill.resident import Pictures, open_pictures
 from distill.rpfm import RPFM, RPFMConfig, preset
-from distill.store import StoreConfig, build_store, load_store
-from distill.student import METHODS, DistillConfig, Method, create_student, save_student, train_student
+from distill.store import StoreConfig, Trajectories, build_store, load_store
+from distill.student import METHODS, DistillConfig, Method, create_student, load_student, save_student, train_student
 from distill.teacher import (
     TOOLS,
     FlowMatchingConfig,
@@ -42,31 +42,48 @@ from rpfm_edge.errors import ConfigError
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
+CURVE_POINTS = 50  # of the held-out loss, whatever the budget
+
+
 @dataclass(frozen=True, slots=True)
 class TrainRecipe:
-    """A teacher from nothing: an autoencoder, then the flow network on its latents. ``seconds`` are training time."""
+    """A teacher from nothing: an autoencoder, then the flow network on its latents. ``seconds`` are training time.
+
+    ``cache``: folder of the encoded latents, beside the result if not given. ``compile``: by torch.compile.
+    """
 
     preset: str = "xs"
     autoencoder: str = "small"  # or the folder of a diffusers AutoencoderKL
     autoencoder_seconds: float = 780.0
+    autoencoder_batch: int = 8
     seconds: float = 3300.0
     lr: float = 1e-3
     ema: float = 0.999
     sources: int = 4
     targets_per_source: int = 8
+    compile: bool = False
     guidance_scale: float = 1.5
     guidance_schedule: str = "constant"
     weights: str = "fp16"
     size: tuple[int, int] = (256, 176)
+    cache: str | None = None
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class DistillRecipe:
-    """A student from a teacher. ``trajectories`` and ``store_seconds`` bound the store, ``seconds`` the training."""
+    """A student from a teacher. ``trajectories`` and ``store_seconds`` bound the store, ``seconds`` the training.
+
+    ``init``: a student (path or shipped name) whose weights it starts from. ``store`` and ``cache``: folders of the
+    teacher's paths and of the encoded latents, which the students of one teacher may share; beside the result if not
+    given. ``perceptual_weight``: of the decoded edges, with ``endpoint`` only.
+    """
 
     method: Method = "flowmap"
     steps: int = 4
+    init: str | None = None
+    store: str | None = None
+    cache: str | None = None
     trajectories: int = 2048
     store_seconds: float | None = None
     seconds: float = 600.0
@@ -74,101 +91,143 @@ class DistillRecipe:
     ema: float = 0.995
     batch: int = 64
     targets_per_source: int = 8
+    perceptual_weight: float | None = None
+    compile: bool = False
     preset: str | None = None  # the student's architecture, where the teacher is no RPFM network
     weights: str = "fp16"
     seed: int = 0
 
 
-def train(recipe: TrainRecipe, split: Split, out: Path) -> Artifact:
-    """Train a teacher on ``split`` and write it to ``out``; continues from ``out.work`` if it is there."""
+def train(recipe: TrainRecipe, split: Split, out: Path, validation: Split | None = None) -> Artifact:
+    """Train a teacher on ``split`` and write it to ``out``; continues from ``out.work`` if it is there.
+
+    With ``validation`` its config holds the curve of the loss on these people: ``[seconds, step, loss]`` each.
+    """
     _check_choice("weights", recipe.weights, DTYPES)
     torch.manual_seed(recipe.seed)
-    work = out.with_name(out.name + ".work")
     processes = PartialState()  # one, or those of torchrun, each with a device of its own
-    autoencoder, stages = _autoencoder(recipe, split, work)
-    autoencoder = autoencoder.to(processes.device).eval().requires_grad_(False)
-    with processes.main_process_first():
-        data = encode_split(split, autoencoder, work, recipe.size, processes.device)
-
+    autoencoder, stages, data, held_out = _encoded(recipe, split, validation, _work(out))
     factor, (height, width) = autoencoder.factor, recipe.size
     latent_size = (height // factor, width // factor)
     network = RPFM(
         preset(recipe.preset, latent_channels=autoencoder.latent_channels, latent_size=latent_size, factor=factor)
     )
     config = FlowMatchingConfig(
-        train=TrainConfig(seconds=recipe.seconds, lr=recipe.lr, ema=recipe.ema, seed=recipe.seed),
+        train=TrainConfig(
+            seconds=recipe.seconds,
+            lr=recipe.lr,
+            ema=recipe.ema,
+            seed=recipe.seed,
+            evaluate_every_s=recipe.seconds / CURVE_POINTS,
+            compile=recipe.compile,
+        ),
         sources=recipe.sources,
         targets_per_source=recipe.targets_per_source,
     )
-    network, history = train_teacher(network, autoencoder, data, config, work / "teacher.safetensors")
-    guidance = Guidance(recipe.guidance_scale, recipe.guidance_schedule)
-    teacher = RPFMTeacher(network, autoencoder, guidance, recipe.size)
-    stage = _stage("train", config, history, split)
+    network, history = train_teacher(network, autoencoder, data, config, _work(out) / "teacher.safetensors", held_out)
+    teacher = RPFMTeacher(network, autoencoder, Guidance(recipe.guidance_scale, recipe.guidance_schedule), recipe.size)
+    lineage = (*stages, _stage("train", config, history, split))
     if processes.is_main_process:
-        save_teacher(teacher, out, (*stages, stage), DTYPES[recipe.weights], losses=thin(history.losses))
+        curves = {"losses": thin(history.losses), "validation": _curve(history)}
+        save_teacher(teacher, out, lineage, DTYPES[recipe.weights], **curves)
     processes.wait_for_everyone()
     return artifact.load(out, "teacher")
 
 
-def _autoencoder(recipe: TrainRecipe, split: Split, work: Path) -> tuple[Any, tuple[Stage, ...]]:
+def _work(out: Path) -> Path:
+    return out.with_name(out.name + ".work")
+
+
+def _encoded(
+    recipe: TrainRecipe, split: Split, validation: Split | None, work: Path
+) -> tuple[Any, tuple[Stage, ...], EncodedSplit, EncodedSplit | None]:
+    """The autoencoder with its stages, and the data that it encoded."""
+    processes, cache = PartialState(), Path(recipe.cache) if recipe.cache else work
+    device = processes.device
+    pictures = open_pictures(split, recipe.size, device)
+    autoencoder, stages = _autoencoder(recipe, pictures, work)
+    autoencoder = autoencoder.to(device).eval().requires_grad_(False)
+    with processes.main_process_first():
+        data = encode_split(split, autoencoder, cache, recipe.size, device, pictures)
+        held_out = encode_split(validation, autoencoder, cache, recipe.size, device) if validation else None
+    return autoencoder, stages, data, held_out
+
+
+def _autoencoder(recipe: TrainRecipe, pictures: Pictures, work: Path) -> tuple[Any, tuple[Stage, ...]]:
+    """With its weights as they will be stored, so that the latents are those of the autoencoder that is shipped."""
+    dtype = DTYPES[recipe.weights]
     if recipe.autoencoder != "small":
-        return autoencoders.load_kl(recipe.autoencoder), (
-            Stage("autoencoder", {"kind": "kl"}, tool_versions("diffusers")),
-        )
+        stage = Stage("autoencoder", {"kind": "kl"}, tool_versions("diffusers"))
+        return autoencoders.load_kl(recipe.autoencoder).to(dtype).float(), (stage,)
     autoencoder, file = SmallAutoencoder(SmallAutoencoderConfig()), work / "autoencoder.final.safetensors"
     defaults = AutoencoderTraining()
-    config = replace(defaults, train=replace(defaults.train, seconds=recipe.autoencoder_seconds, seed=recipe.seed))
+    limits = replace(defaults.train, seconds=recipe.autoencoder_seconds, seed=recipe.seed, compile=recipe.compile)
+    config = replace(defaults, train=limits, batch=recipe.autoencoder_batch)
     if not file.exists():
-        read = reader(split, recipe.size)
-        checkpoint = work / "autoencoder.safetensors"
-        autoencoder, _ = train_autoencoder(autoencoder, read, len(split.names), config, checkpoint)
+        count, checkpoint = len(pictures.split.names), work / "autoencoder.safetensors"
+        autoencoder, _ = train_autoencoder(autoencoder, pictures, count, config, checkpoint)
         if PartialState().is_main_process:
-            save_weights(autoencoder, file)
+            save_weights(autoencoder, file, dtype)
         PartialState().wait_for_everyone()
     load_weights(autoencoder, file)
     return autoencoder, (Stage("autoencoder", asdict(config), tool_versions(*TOOLS)),)
 
 
-def reader(split: Split, size: tuple[int, int]) -> Callable[[int], np.ndarray]:
-    """``split.image`` at ``size``."""
-    return lambda index: split.image(index, size)
-
-
 def distill(recipe: DistillRecipe, teacher_spec: str, split: Split, out: Path) -> Artifact:
     """Distill a teacher on the identities of ``split`` and write the student to ``out``."""
-    _check_choice("weights", recipe.weights, DTYPES)
-    _check_choice("method", recipe.method, METHODS)
+    config = _distill_config(recipe)
     torch.manual_seed(recipe.seed)
-    work = out.with_name(out.name + ".work")
+    work, processes = _work(out), PartialState()  # one, or those of torchrun, each with a device of its own
     teacher = load_teacher(teacher_spec)
-    processes = PartialState()  # one, or those of torchrun, each with a device of its own
+    start, origin = load_student(recipe.init) if recipe.init else (None, None)
+    student = create_student(teacher, config, _architecture(recipe, teacher), start.network if start else None)
     move(teacher, processes.device)
     with processes.main_process_first():
-        data = encode_split(split, teacher.autoencoder, work, teacher.size, processes.device)
-    config = DistillConfig(
-        method=recipe.method,
-        steps=recipe.steps,
-        batch=recipe.batch,
-        train=TrainConfig(seconds=recipe.seconds, lr=recipe.lr, ema=recipe.ema, warmup_steps=20, seed=recipe.seed),
-    )
-    student = create_student(teacher, config, _architecture(recipe, teacher))
-
-    store_config = StoreConfig(recipe.trajectories, targets_per_source=recipe.targets_per_source, seed=recipe.seed + 1)
+        cache = Path(recipe.cache) if recipe.cache else work
+        data = encode_split(split, teacher.autoencoder, cache, teacher.size, processes.device)
     identity = getattr(teacher, "digest", "") or teacher_spec
-    build_store(teacher, identity, data, work / "store", store_config, recipe.store_seconds, processes)
-    processes.wait_for_everyone()
-    store = load_store(work / "store")
-    checkpoint = work / f"{recipe.method}-{recipe.steps}.safetensors"
-    student, history = train_student(student, data, store, config, checkpoint)
+    store, store_config = _store(recipe, teacher, identity, data, work)
+    name = f"{recipe.method}-{recipe.steps}" + (f"-{origin.digest[:8]}" if origin else "")
+    student, history = train_student(student, data, store, config, work / f"{name}.safetensors")
 
     trained_on = {"trajectories": len(store.states), "store": asdict(store_config), "guidance": _guidance(teacher)}
-    stage = _stage("distill", config, history, split, {"teacher": identity}, trained_on)
-    lineage = (*getattr(teacher, "lineage", ()), stage)
+    inputs = {"teacher": identity} | ({"init": origin.digest} if origin else {})
+    lineage = tuple(getattr(teacher, "lineage", ()))
+    lineage += tuple(stage for stage in (origin.lineage if origin else ()) if stage not in lineage)
+    lineage += (_stage("distill", config, history, split, inputs, trained_on),)
     if processes.is_main_process:
         facts = {"teacher": str(teacher_spec), "losses": thin(history.losses)}
         save_student(student, out, config, teacher.size, lineage, DTYPES[recipe.weights], **facts)
     processes.wait_for_everyone()
     return artifact.load(out, "student")
+
+
+def _distill_config(recipe: DistillRecipe) -> DistillConfig:
+    _check_choice("weights", recipe.weights, DTYPES)
+    _check_choice("method", recipe.method, METHODS)
+    weight = recipe.perceptual_weight
+    if weight is not None and (weight < 0 or recipe.method != "endpoint"):
+        raise ConfigError(
+            f"perceptual_weight {weight:g} with method {recipe.method}",
+            expected="0 or more, with endpoint",
+            fix="leave it out, or distill by endpoint",
+        )
+    train = TrainConfig(
+        seconds=recipe.seconds, lr=recipe.lr, ema=recipe.ema, warmup_steps=20, seed=recipe.seed, compile=recipe.compile
+    )
+    config = DistillConfig(method=recipe.method, steps=recipe.steps, batch=recipe.batch, train=train)
+    return config if weight is None else replace(config, perceptual_weight=weight)
+
+
+def _store(
+    recipe: DistillRecipe, teacher: Teacher, identity: str, data: EncodedSplit, work: Path
+) -> tuple[Trajectories, StoreConfig]:
+    """The teacher's paths: those that are there, after solving those that are missing."""
+    processes, folder = PartialState(), Path(recipe.store) if recipe.store else work / "store"
+    config = StoreConfig(recipe.trajectories, targets_per_source=recipe.targets_per_source, seed=recipe.seed + 1)
+    build_store(teacher, identity, data, folder, config, recipe.store_seconds, processes)
+    processes.wait_for_everyone()
+    return load_store(folder, config, processes.device), config
 
 
 def _architecture(recipe: DistillRecipe, teacher: Teacher) -> RPFMConfig | None:
@@ -201,6 +260,10 @@ def _stage(
         "identities": len(set(data.identities.tolist())),
     }
     return Stage(name, record | (facts or {}), tool_versions(*TOOLS), inputs or {})
+
+
+def _curve(history: History) -> list[tuple[float, int, float]]:
+    return [(round(seconds, 1), step, loss) for seconds, step, loss in history.validation]
 
 
 def thin(losses: list[float], points: int = 200) -> list[tuple[int, float]]:

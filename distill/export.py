@@ -42,7 +42,7 @@ class Prepare(nn.Module):
 
     def forward(self, source: Tensor) -> Tensor:
         latent = self.student.autoencoder.encode(to_float(source))
-        return self.student.network.source_kv(latent)[:, :, 0]
+        return self.student.network.source_kv(latent)[:, :, 0].float()  # whatever the network computes in
 
 
 class Frame(nn.Module):
@@ -57,12 +57,13 @@ class Frame(nn.Module):
         features = encode_pose(self.student.network, self.student.autoencoder, to_float(pose))
         condition = {"pose": features, "source_kv": source_kv.unsqueeze(2)}
         image = self.student.autoencoder.decode(self.student.sample(noise, condition, self.steps)).permute(0, 2, 3, 1)
+        image = image.float()  # grey levels in half precision would have steps of 1/8
         return ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8), image
 
 
 def to_float(image: Tensor) -> Tensor:
     """(B, H, W, 3) uint8 → (B, 3, H, W) in [-1, 1]."""
-    return image.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return image.float().permute(0, 3, 1, 2) / 127.5 - 1  # cast first: TensorRT moves no uint8
 
 
 def signatures(student: Student, size: tuple[int, int]) -> dict[str, Signature]:
@@ -214,20 +215,25 @@ def max_deviation(module: nn.Module, model: Any, feeds: dict[str, np.ndarray]) -
 
 def reference(folder: Path) -> dict[str, Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]]:
     """The graphs as torch runs them, from a student artifact: what the ``torch`` backend calls."""
-    student, loaded = load_student(folder)
-    modules = {"prepare": Prepare(student).eval(), "frame": Frame(student, int(loaded.config["steps"])).eval()}
-    outputs = {
-        name: [spec.name for spec in s.outputs] for name, s in signatures(student, tuple(loaded.config["size"])).items()
-    }
+    graphs, outputs = modules(folder), {"prepare": "source_kv", "frame": "image"}
 
     def runner(name: str) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
         @torch.inference_mode()
         def run(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            result = modules[name](
+            result = graphs[name](
                 **{key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in feeds.items()}
             )
-            return {outputs[name][0]: (result[0] if isinstance(result, tuple) else result).numpy()}
+            return {outputs[name]: (result[0] if isinstance(result, tuple) else result).numpy()}
 
         return run
 
-    return {name: runner(name) for name in modules}
+    return {name: runner(name) for name in graphs}
+
+
+def modules(folder: Path) -> dict[str, nn.Module]:
+    """The graphs as modules, from a student artifact: what the ``torch-tensorrt`` backend compiles.
+
+    Their outputs begin with those of the signature; a frame adds its image before rounding.
+    """
+    student, loaded = load_student(folder)
+    return {"prepare": Prepare(student).eval(), "frame": Frame(student, int(loaded.config["steps"])).eval()}

@@ -1,25 +1,29 @@
 """The trajectory store: the teacher's guided paths from noise to image, solved once, kept in shards, resumable.
 
-A shard is a pure function of (config, shard index): a store can be built in pieces, by several processes, after a kill.
+A shard is a pure function of (config, shard index): a store can be built in pieces, by several processes, after a kill,
+and all students of a teacher can share it.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from distill.batches import EncodedSplit
+from distill.resident import settle
 from distill.teacher import Teacher
-from rpfm_edge.artifact import write_bytes, write_text
-from rpfm_edge.data import draw_batch
+from rpfm_edge.artifact import json_digest, write_bytes, write_text
+from rpfm_edge.data import Split, draw_batch
 from rpfm_edge.errors import ConfigError, InputError
 from rpfm_edge.flow import Solver, solve, time_grid
 from rpfm_edge.progress import progress
@@ -27,7 +31,10 @@ from rpfm_edge.progress import progress
 
 @dataclass(frozen=True, slots=True)
 class StoreConfig:
-    """How trajectories are made. ``grid`` intervals are kept; divisible by 8, so that 1, 2, 4 and 8 steps all fit."""
+    """How trajectories are made. ``grid`` intervals are kept; divisible by 8, so that 1, 2, 4 and 8 steps all fit.
+
+    ``shards_per_solve``: solved as one batch, 8 on a GPU and 1 on a CPU if not given; the shards are the same.
+    """
 
     trajectories: int
     grid: int = 8
@@ -35,6 +42,7 @@ class StoreConfig:
     sources_per_shard: int = 8
     targets_per_source: int = 8
     seed: int = 1
+    shards_per_solve: int | None = None
 
     @property
     def shard_size(self) -> int:
@@ -68,79 +76,126 @@ def build_store(
     seconds: float | None = None,
     processes: PartialState | None = None,
 ) -> int:
-    """Make the missing shards in the folder ``out``, shared between processes; stop early after ``seconds``.
+    """Make the missing shards in the folder ``out``, shared between processes.
 
-    ``identity`` of the teacher (its digest, or the name of its factory) is kept with the store. Returns how many
-    shards are there now.
+    ``seconds`` bounds the solving of the whole store, that of earlier calls included. ``identity`` of the teacher (its
+    digest, or the name of its factory) is kept with the store. Returns how many shards of the config are there now.
     """
     processes = processes or PartialState()
-    rank, world, device = processes.process_index, processes.num_processes, processes.device
     if config.grid % 8:
         raise ConfigError(f"a grid of {config.grid}", expected="a multiple of 8", fix="use 8 or 16")
-    _check_meta(out, config, identity)
-    started = time.monotonic()
-    mine = range(rank, config.shards, world)
+    _check_meta(out, config, identity, data.split)
+    mine = range(processes.process_index, config.shards, processes.num_processes)
+    missing = [shard for shard in mine if not _shard(out, shard).exists()]
+    spent_s = _solved_s(_shards(out)) / processes.num_processes
+    together = config.shards_per_solve or (8 if processes.device.type == "cuda" else 1)
     with progress("trajectories", total=len(mine)) as advance:
-        for done, shard in enumerate(mine):
-            path = out / f"shard-{shard:05d}.safetensors"
-            if not path.exists():
-                if seconds is not None and time.monotonic() - started > seconds:
-                    break
-                write_bytes(path, save(_solve_shard(teacher, data, config, shard, device)))
-            advance(done + 1, f"{config.shard_size * (done + 1)} paths")
-    return len(list(out.glob("shard-*.safetensors")))
+        for start in range(0, len(missing), together):
+            if seconds is not None and spent_s >= seconds:
+                break
+            chosen = missing[start : start + together]
+            spent_s += _make_shards(teacher, data, out, config, chosen, processes.device)
+            done = len(mine) - len(missing) + start + len(chosen)
+            advance(done, f"{config.shard_size * done} paths")
+    return len(_shards(out, config))
 
 
-def _solve_shard(
-    teacher: Teacher, data: EncodedSplit, config: StoreConfig, shard: int, device: torch.device | str
-) -> dict[str, Tensor]:
-    rng = np.random.default_rng([config.seed, shard])
-    sources, targets, flips = draw_batch(data.split, config.sources_per_shard, config.targets_per_source, rng)
-    batch = data.batch(sources, targets, flips, device)
-    shape = (len(batch.pose), *teacher.latent_shape)
-    noise = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)).to(device)
+def _make_shards(
+    teacher: Teacher,
+    data: EncodedSplit,
+    out: Path,
+    config: StoreConfig,
+    shards: list[int],
+    device: torch.device | str,
+) -> float:
+    """Solve and write some shards; returns the seconds that it took, which are kept with them."""
+    started = time.monotonic()
+    solved = _solve_shards(teacher, data, config, shards, device)
+    took_s = time.monotonic() - started
+    for shard, tensors in zip(shards, solved, strict=True):
+        write_bytes(_shard(out, shard), save(tensors, {"solved_s": str(took_s / len(shards))}))
+    return took_s
+
+
+def _shard(folder: Path, index: int) -> Path:
+    return folder / f"shard-{index:05d}.safetensors"
+
+
+def _shards(folder: Path, config: StoreConfig | None = None) -> list[Path]:
+    """The shards that are there, in order; with ``config`` those that belong to it, out of a larger store."""
+    if config is None:
+        return sorted(folder.glob("shard-*.safetensors"))
+    return [file for index in range(config.shards) if (file := _shard(folder, index)).exists()]
+
+
+def _solved_s(files: Iterable[Path]) -> float:
+    total = 0.0
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            total += float((opened.metadata() or {}).get("solved_s", 0.0))
+    return total
+
+
+def _solve_shards(
+    teacher: Teacher, data: EncodedSplit, config: StoreConfig, shards: list[int], device: torch.device | str
+) -> list[dict[str, Tensor]]:
+    """The tensors of each shard, all solved in one batch; noise is drawn on the CPU."""
+    drawn, noises = [], []
+    for shard in shards:
+        rng = np.random.default_rng([config.seed, shard])
+        drawn.append(draw_batch(data.split, config.sources_per_shard, config.targets_per_source, rng))
+        noises.append(rng.standard_normal((config.shard_size, *teacher.latent_shape), dtype=np.float32))
+    sources, targets, flips = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
+    batch, noise = data.batch(sources, targets, flips, device), torch.from_numpy(np.concatenate(noises)).to(device)
     kind = torch.device(device).type
     with torch.autocast(kind, torch.bfloat16, enabled=_fast_bfloat16(kind)):
         condition = teacher.condition(batch.source, batch.pose)
         states = solve(
             lambda x, t: teacher.velocity(x, t, condition).float(), noise, time_grid(config.grid), config.solver
         )
-    repeats = config.targets_per_source
-    return {
-        "states": torch.stack(states, dim=1).half().cpu(),
-        "sources": torch.from_numpy(sources.repeat(repeats).astype(np.int64)),
-        "targets": torch.from_numpy(targets.ravel().astype(np.int64)),
-        "flips": torch.from_numpy(flips.repeat(repeats)),
-    }
+    paths = torch.stack(states, dim=1).half().cpu().split(config.shard_size)
+    return [
+        {
+            "states": states.contiguous(),
+            "sources": torch.from_numpy(sources.repeat(config.targets_per_source).astype(np.int64)),
+            "targets": torch.from_numpy(targets.ravel().astype(np.int64)),
+            "flips": torch.from_numpy(flips.repeat(config.targets_per_source)),
+        }
+        for states, (sources, targets, flips) in zip(paths, drawn, strict=True)
+    ]
 
 
 def _fast_bfloat16(kind: str) -> bool:
     return kind == "cuda" or bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
-def _check_meta(out: Path, config: StoreConfig, identity: str) -> None:
-    """A store is of one teacher and one config; mixing shards of two would poison the student silently."""
-    fields = {k: v for k, v in asdict(config).items() if k != "trajectories"}  # a store may grow
-    meta = {"teacher": identity, **fields}
-    file = out / "store.json"
+def _check_meta(out: Path, config: StoreConfig, identity: str, split: Split) -> None:
+    """A store is of one teacher, data set and config; mixing shards of two would poison the student silently."""
+    fields = {k: v for k, v in asdict(config).items() if k not in ("trajectories", "shards_per_solve")}  # it may grow
+    data = json_digest({"names": split.names, "pairs": split.pairs.tolist()})  # wherever it lies
+    meta, file = {"teacher": identity, "data": data, **fields}, out / "store.json"
     if not file.exists():
         write_text(file, json.dumps(meta, indent=1))
-    elif json.loads(file.read_text(encoding="utf-8")) != meta:
+        return
+    saved = {"data": data, **json.loads(file.read_text(encoding="utf-8"))}  # older ones do not know their data
+    if saved != meta:
         raise ConfigError(
-            f"{out} holds trajectories of another teacher or config", expected=str(meta), fix="give another folder"
+            f"{out} holds trajectories of another teacher, data set or config",
+            expected=str(saved),
+            fix="give another folder",
         )
 
 
-def load_store(folder: Path) -> Trajectories:
-    """Read every shard into memory."""
-    files = sorted(folder.glob("shard-*.safetensors"))
+def load_store(folder: Path, config: StoreConfig | None = None, device: torch.device | str = "cpu") -> Trajectories:
+    """Read the shards into memory, or onto a GPU where they fit; of a larger store only those of ``config``."""
+    files = _shards(folder, config)
     if not files:
         raise InputError(f"{folder} has no trajectories", expected="shard-*.safetensors", fix="build the store first")
     shards = [load_file(file) for file in files]
     merged = {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
     meta = json.loads((folder / "store.json").read_text(encoding="utf-8"))
     return Trajectories(
-        states=merged["states"],
+        states=settle(merged["states"], device),
         sources=merged["sources"].numpy(),
         targets=merged["targets"].numpy(),
         flips=merged["flips"].numpy(),

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from distill import autoencoder as autoencoders
 from distill import targets
 from distill.autoencoder import edges
-from distill.batches import Batch, EncodedSplit
+from distill.batches import EncodedSplit
 from distill.rpfm import RPFM, RPFMConfig
 from distill.store import Trajectories
 from distill.teacher import RPFMTeacher, Teacher, encode_pose, network_config
@@ -69,27 +69,25 @@ class Student(nn.Module):
 
 
 class DistillLoss(nn.Module):
-    """The loss of one method on a batch of stored paths (B, grid + 1, C, h, w)."""
+    """The loss of one method; ``forward`` takes source latents, skeletons and what ``examples`` makes of the paths."""
 
     def __init__(self, student: Student, config: DistillConfig) -> None:
         super().__init__()
         self.network, self.config = student.network, config
-        self._autoencoder = [student.autoencoder]  # in a list: frozen, not a part of the training state
+        self._student = [student]  # in a list: its autoencoder is frozen, not a part of the training state
 
-    def forward(self, batch: Batch, states: Tensor, rng: np.random.Generator) -> Tensor:
-        student = Student(self.network, self._autoencoder[0])
-        condition = student.condition(batch.source, batch.pose)
+    def forward(self, source: Tensor, skeleton: Tensor, *examples: Tensor) -> Tensor:
+        student = self._student[0]
+        condition = student.condition(source, skeleton)
         if self.config.method == "endpoint":
-            return self._endpoint(student, condition, states)
-        target = targets.reflow(states, rng) if self.config.method == "reflow" else targets.flowmap(states, rng)
-        velocity = student.average_velocity(target.x, target.t, target.d, condition)
-        return targets.pseudo_huber(velocity.float() - target.velocity)
+            return self._endpoint(student, condition, *examples)
+        x, t, d, velocity = examples
+        return targets.pseudo_huber(student.average_velocity(x, t, d, condition).float() - velocity)
 
-    def _endpoint(self, student: Student, condition: dict[str, Tensor], states: Tensor) -> Tensor:
+    def _endpoint(self, student: Student, condition: dict[str, Tensor], *wanted: Tensor) -> Tensor:
         """Unroll all steps with gradient; the end counts fully, the states on the way by half, edges after decoding."""
         steps = self.config.steps
-        wanted = targets.endpoint(states, steps)
-        x, loss = wanted[0], torch.zeros((), device=states.device)
+        x, loss = wanted[0], wanted[0].new_zeros(())
         for k in range(steps):
             t, d = x.new_full((len(x),), k / steps), x.new_full((len(x),), 1 / steps)
             x = x + student.average_velocity(x, t, d, condition).float() / steps
@@ -104,10 +102,21 @@ class DistillLoss(nn.Module):
         return loss
 
 
-def create_student(teacher: Teacher, config: DistillConfig, network: RPFMConfig | None = None) -> Student:
-    """A student with the teacher's weights where the teacher is an RPFM, otherwise a fresh ``network``.
+def examples(states: Tensor, config: DistillConfig, rng: np.random.Generator) -> tuple[Tensor, ...]:
+    """What a method learns from paths (B, grid + 1, C, h, w): x, t, d and velocity, or the states of an endpoint."""
+    if config.method == "endpoint":
+        return tuple(targets.endpoint(states, config.steps))
+    target = targets.reflow(states, rng) if config.method == "reflow" else targets.flowmap(states, rng)
+    return target.x, target.t, target.d, target.velocity
 
-    With ``flowmap`` it gets a step embedding that starts at zero, so it begins as the teacher itself.
+
+def create_student(
+    teacher: Teacher, config: DistillConfig, network: RPFMConfig | None = None, start: RPFM | None = None
+) -> Student:
+    """A student that begins with the weights of ``start``, otherwise the teacher's, where the teacher is an RPFM.
+
+    Its architecture is that of these weights; without any it is a fresh ``network``. With ``flowmap`` it gets a step
+    embedding, if it has none, that starts at zero, so it begins as what it was.
     """
     if config.method not in METHODS:
         raise ConfigError(f"unknown method {config.method!r}", expected=f"one of {METHODS}", fix="check the spelling")
@@ -115,19 +124,41 @@ def create_student(teacher: Teacher, config: DistillConfig, network: RPFMConfig 
         raise ConfigError(f"{config.steps} steps", expected="1, 2, 4 or 8 for a flow map", fix="choose one of them")
     if config.method == "endpoint" and config.steps not in (1, 2, 4, 8):
         raise ConfigError(f"{config.steps} steps", expected="1, 2, 4 or 8 on the stored grid", fix="choose one of them")
-    if isinstance(teacher, RPFMTeacher):
-        base = teacher.network.config
-    elif network is not None:
-        base = network
-    else:
+    if start is not None:
+        _check_start(teacher, config, network, start.config)
+    elif isinstance(teacher, RPFMTeacher):
+        start = teacher.network
+    elif network is None:
         raise ConfigError(
             "a teacher that is no RPFM network", expected="the student's architecture", fix="give a preset: --preset xs"
         )
+    base = start.config if start is not None else network
+    assert base is not None
     student = RPFM(replace(base, step_embedding=base.step_embedding or config.method == "flowmap"))
-    if isinstance(teacher, RPFMTeacher):
-        student.load_state_dict(teacher.network.state_dict(), strict=False)
+    if start is not None:
+        student.load_state_dict(start.state_dict(), strict=False)
     assert isinstance(teacher.autoencoder, nn.Module)
     return Student(student, teacher.autoencoder)
+
+
+def _check_start(teacher: Teacher, config: DistillConfig, network: RPFMConfig | None, start: RPFMConfig) -> None:
+    """A student can start from a network whose latents are the teacher's, and which is the one that was asked for."""
+    given: dict[str, Any] = {"latents": start.latent_shape, "pixels per latent": start.factor}
+    wanted: dict[str, Any] = {"latents": tuple(teacher.latent_shape), "pixels per latent": teacher.autoencoder.factor}
+    if network is not None:
+        given |= {"architecture": replace(start, step_embedding=False)}
+        wanted |= {"architecture": network}
+    for name, value in wanted.items():
+        if given[name] != value:
+            raise ConfigError(
+                f"the student to start from has {name} {given[name]}", expected=str(value), fix="start from another one"
+            )
+    if start.step_embedding and config.method == "reflow":
+        raise ConfigError(
+            "reflow, whose network knows no step size, cannot start from one that does",
+            expected="a reflow student, or none",
+            fix="distill by flowmap or endpoint from it",
+        )
 
 
 def train_student(
@@ -144,7 +175,8 @@ def train_student(
         first = rows[:: store.targets_per_source]
         shape = (len(chosen), store.targets_per_source)
         batch = data.batch(store.sources[first], store.targets[rows].reshape(shape), store.flips[first], device)
-        return model(batch, store.states[torch.from_numpy(rows)].float().to(device), rng)
+        paths = store.states[torch.from_numpy(rows).to(store.states.device)].to(device).float()
+        return model(batch.source, batch.pose, *examples(paths, config, rng))
 
     ema, history = fit(loss, step_loss, config.train, checkpoint, config.method)
     return Student(ema.network, student.autoencoder), history

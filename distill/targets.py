@@ -51,8 +51,8 @@ def flowmap(states: Tensor, rng: np.random.Generator) -> Target:
 
 def segment(states: Tensor, start: np.ndarray, stop: np.ndarray) -> Target:
     """The average velocity of each path between its grid indices ``start`` and ``stop`` (B,)."""
-    grid, rows = states.shape[1] - 1, torch.arange(len(states))
-    x, x_next = states[rows, torch.from_numpy(start)], states[rows, torch.from_numpy(stop)]
+    grid, rows = states.shape[1] - 1, torch.arange(len(states), device=states.device)
+    x, x_next = (states[rows, torch.from_numpy(index).to(states.device)] for index in (start, stop))
     t = torch.from_numpy(start / grid).to(states)
     d = torch.from_numpy((stop - start) / grid).to(states)
     return Target(x, t, d, (x_next - x) / d.view(-1, 1, 1, 1))

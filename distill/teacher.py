@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from distill import autoencoder as autoencoders
 from distill.autoencoder import Autoencoder
-from distill.batches import Batch, EncodedSplit
+from distill.batches import EncodedSplit
 from distill.rpfm import RPFM, RPFMConfig
 from distill.train import History, TrainConfig, fit
 from distill.weights import load_weights, save_weights
@@ -27,6 +27,7 @@ from rpfm_edge.errors import ConfigError
 from rpfm_edge.flow import Solver, guidance_scale, interpolate, solve, target_velocity, time_grid
 
 TOOLS = ("torch", "accelerate", "safetensors")
+VALIDATION_SEED = 0
 
 
 class Teacher(Protocol):
@@ -65,6 +66,17 @@ class FlowMatchingConfig:
     time_std: float = 1.2
 
 
+class Example(NamedTuple):
+    """A batch with its draws: S sources, B = S M targets, all on one device."""
+
+    source: Tensor  # (S, C, h, w)
+    skeleton: Tensor  # (B, 3, H, W)
+    target: Tensor  # (B, C, h, w)
+    t: Tensor  # (B,)
+    noise: Tensor  # like the target
+    keep: Tensor  # (S,) bool: sources whose conditions are not dropped
+
+
 class FlowMatchingLoss(nn.Module):
     """``E || v(x_t, t | x_s, y_p) - (y - (1 - sigma_min) z) ||²`` (arXiv 2505.03562), over one batch."""
 
@@ -73,21 +85,28 @@ class FlowMatchingLoss(nn.Module):
         self.network, self.config = network, config
         self._autoencoder = [autoencoder]  # in a list: frozen, not a part of the training state
 
-    def forward(self, batch: Batch, rng: np.random.Generator) -> Tensor:
-        config, device = self.config, batch.source.device
-        assert batch.target is not None
-        draw = torch.Generator().manual_seed(int(rng.integers(2**63)))
-        count, sources = len(batch.pose), len(batch.source)
-        t = torch.sigmoid(config.time_mean + config.time_std * torch.randn(count, generator=draw)).to(device)
-        noise = torch.randn(batch.target.shape, generator=draw).to(device)
-        keep = (torch.rand(sources, generator=draw) >= config.condition_dropout).to(device)
-
-        pose = encode_pose(self.network, self._autoencoder[0], batch.pose)
-        pose = pose * keep.repeat_interleave(count // sources)[:, None, None, None]
-        source_kv = self.network.source_kv(batch.source, keep).repeat_interleave(count // sources, dim=2)
-        x_t = interpolate(noise, batch.target, t[:, None, None, None], config.sigma_min)
+    def forward(self, example: Example) -> Tensor:
+        source, skeleton, target, t, noise, keep = example
+        sigma_min, targets_per_source = self.config.sigma_min, len(target) // len(source)
+        pose = encode_pose(self.network, self._autoencoder[0], skeleton)
+        pose = pose * keep.repeat_interleave(targets_per_source)[:, None, None, None]
+        source_kv = self.network.source_kv(source, keep).repeat_interleave(targets_per_source, dim=2)
+        x_t = interpolate(noise, target, t[:, None, None, None], sigma_min)
         velocity = self.network(x_t, t, pose, source_kv)
-        return F.mse_loss(velocity.float(), target_velocity(noise, batch.target, config.sigma_min))
+        return F.mse_loss(velocity.float(), target_velocity(noise, target, sigma_min))
+
+
+def draw_example(
+    data: EncodedSplit, config: FlowMatchingConfig, rng: np.random.Generator, device: torch.device | str
+) -> Example:
+    """Draw pairs, and for each its time, its noise and whether it loses its conditions; on ``device``."""
+    batch = data.batch(*draw_batch(data.split, config.sources, config.targets_per_source, rng), device)
+    assert batch.target is not None
+    draw = torch.Generator(device).manual_seed(int(rng.integers(2**63)))
+    t = torch.sigmoid(config.time_mean + config.time_std * torch.randn(len(batch.pose), generator=draw, device=device))
+    noise = torch.randn(batch.target.shape, generator=draw, device=device)
+    keep = torch.rand(len(batch.source), generator=draw, device=device) >= config.condition_dropout
+    return Example(batch.source, batch.pose, batch.target, t, noise, keep)
 
 
 def encode_pose(network: RPFM, autoencoder: nn.Module, pose: Tensor) -> Tensor:
@@ -99,17 +118,41 @@ def encode_pose(network: RPFM, autoencoder: nn.Module, pose: Tensor) -> Tensor:
 
 
 def train_teacher(
-    network: RPFM, autoencoder: nn.Module, data: EncodedSplit, config: FlowMatchingConfig, checkpoint: Path
+    network: RPFM,
+    autoencoder: nn.Module,
+    data: EncodedSplit,
+    config: FlowMatchingConfig,
+    checkpoint: Path,
+    validation: EncodedSplit | None = None,
 ) -> tuple[RPFM, History]:
-    """Train by flow matching and return the EMA network. Resumes from ``checkpoint``."""
+    """Train by flow matching and return the EMA network. Resumes from ``checkpoint``.
+
+    With ``validation`` the history holds the loss on it too, every ``config.train.evaluate_every_s``.
+    """
     loss = FlowMatchingLoss(network, autoencoder, config)
 
     def step_loss(model: nn.Module, step: int, rng: np.random.Generator) -> Tensor:
-        drawn = draw_batch(data.split, config.sources, config.targets_per_source, rng)
-        return model(data.batch(*drawn, device=next(model.parameters()).device), rng)
+        return model(draw_example(data, config, rng, next(model.parameters()).device))
 
-    ema, history = fit(loss, step_loss, config.train, checkpoint, "teacher")
+    watch = held_out_loss(validation, config) if validation else None
+    ema, history = fit(loss, step_loss, config.train, checkpoint, "teacher", watch)
     return ema.network, history
+
+
+def held_out_loss(data: EncodedSplit, config: FlowMatchingConfig) -> Callable[[nn.Module], float]:
+    """The training loss on 128 pairs that are always the same, with their times, noises and dropped conditions.
+
+    They depend neither on the run's seed nor on its batches or its device (noise is drawn on the CPU), so the curves
+    of several runs can be compared.
+    """
+    fixed, rng = replace(config, sources=8, targets_per_source=4), np.random.default_rng(VALIDATION_SEED)
+    examples = [draw_example(data, fixed, rng, "cpu") for _ in range(4)]
+
+    def evaluate(model: nn.Module) -> float:
+        device = next(model.parameters()).device
+        return float(np.mean([float(model(Example(*(part.to(device) for part in one)))) for one in examples]))
+
+    return evaluate
 
 
 class RPFMTeacher:

@@ -1,6 +1,7 @@
 """One training loop for autoencoder, teacher and students: time or step budget, EMA, bf16, resume, several processes.
 
-A batch is a pure function of (seed, step, rank), so a resumed run sees what the uninterrupted one would have seen.
+A batch is a pure function of (seed, step, rank), so a resumed run sees what the uninterrupted one would have seen. A
+checkpoint knows no device: what was begun on a CPU continues on a GPU, and the other way round.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +27,9 @@ from rpfm_edge.errors import ArtifactError, ConfigError
 from rpfm_edge.progress import progress
 
 LossFunction = Callable[[nn.Module, int, np.random.Generator], Tensor]
+Evaluate = Callable[[nn.Module], float]
+FETCH_EVERY = 20  # steps between two waits for the device
+EVALUATION_SHARE = 0.03  # of the time, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,28 +48,149 @@ class TrainConfig:
     precision: str = "bf16"  # autocast: "no" or "bf16"
     seed: int = 0
     save_every_s: float = 60.0
+    evaluate_every_s: float = 0.0  # of training; 0: never
+    compile: bool = False  # by torch.compile: a minute at the start, fewer and larger kernels after it
+
+
+FREE = ("seconds", "steps", "save_every_s", "evaluate_every_s", "compile")  # what a resumed run may change
 
 
 @dataclass(slots=True)
 class History:
-    """Where a run stands: steps done, seconds spent training, and the loss of each step."""
+    """Where a run stands: steps done, seconds spent training, the loss of each step, and the held-out loss now and
+    then, as (seconds, step, loss)."""
 
     step: int = 0
     elapsed_s: float = 0.0
     losses: list[float] = field(default_factory=list)
+    validation: list[tuple[float, int, float]] = field(default_factory=list)
 
 
 def fit(
-    module: nn.Module, loss: LossFunction, config: TrainConfig, checkpoint: Path, title: str, cpu: bool = False
+    module: nn.Module,
+    loss: LossFunction,
+    config: TrainConfig,
+    checkpoint: Path,
+    title: str,
+    evaluate: Evaluate | None = None,
 ) -> tuple[nn.Module, History]:
     """Minimise ``loss(module, step, rng)`` and return the EMA of the module with the run's history.
 
     Resumes from ``checkpoint`` (one safetensors file) if it exists, and saves there every ``save_every_s`` seconds
     and at the end. Learning rate: linear warm-up, then cosine over the budget.
+
+    ``evaluate(ema)`` is called every ``evaluate_every_s`` seconds and at the end, but not so often that it takes more
+    than 3 % of the time. Its time does not count: the budget is training alone, so that a run learns the same whether
+    it is watched or not.
     """
-    if config.seconds is None and config.steps is None:
+    if not config.seconds and not config.steps:
         raise ConfigError("a training run without a budget", expected="seconds or steps", fix="give one of them")
-    accelerator = Accelerator(cpu=cpu)
+    run = _begin(module, config, checkpoint, title)
+    history, watched = run.history, evaluate if config.evaluate_every_s else None
+    begun, saved = time.monotonic() - history.elapsed_s, history.elapsed_s
+    with progress(title, total=1000) as advance:
+        while (done := _progress(history, config)) < 1:
+            run.train_step(loss, done)
+            history.elapsed_s = _agree(run.accelerator, time.monotonic() - begun)
+            if history.step % FETCH_EVERY == 0:
+                run.fetch()
+            advance(1000 * _progress(history, config), run.note())
+            if history.elapsed_s - saved > config.save_every_s:
+                run.save()
+                saved = history.elapsed_s
+            if watched and run.evaluation_is_due():
+                begun += run.evaluate(watched)
+    if watched and [step for _, step, _ in history.validation[-1:]] != [history.step]:
+        run.evaluate(watched)
+    run.save()
+    run.accelerator.wait_for_everyone()
+    return run.ema, history
+
+
+@dataclass(slots=True)
+class _Run:
+    """What is trained, and what trains it. ``model`` is ``module`` behind DDP and torch.compile, as the case may be."""
+
+    accelerator: Accelerator
+    module: nn.Module
+    model: nn.Module
+    ema: nn.Module
+    optimizer: torch.optim.Optimizer
+    history: History
+    config: TrainConfig
+    checkpoint: Path
+    title: str
+    pending: list[Tensor] = field(default_factory=list)  # losses that are still on the device
+    evaluation_s: float = 0.0  # how long the last evaluation took
+
+    def train_step(self, loss: LossFunction, done: float) -> None:
+        """One step of the optimizer, without waiting for the device."""
+        config, history, accelerator = self.config, self.history, self.accelerator
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * _lr_factor(history.step, done, config)
+        rng = np.random.default_rng([config.seed, history.step, accelerator.process_index])
+        with _compile_errors(config.compile):
+            with self.autocast():
+                value = loss(self.model, history.step, rng)
+            accelerator.backward(value)
+        accelerator.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        _update_ema(self.ema, self.module, min(config.ema, (1 + history.step) / (10 + history.step)))
+        self.pending.append(value.detach())
+        history.step += 1
+
+    def autocast(self) -> torch.autocast:
+        """Of this device, in the config's precision."""
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def fetch(self) -> None:
+        """Wait for the device and note its losses, the mean over all processes; one that is not finite is an error."""
+        if not self.pending:
+            return
+        losses = self.accelerator.reduce(torch.stack(self.pending), "mean").tolist()
+        first = self.history.step - len(losses) + 1
+        self.pending.clear()
+        self.history.losses += losses
+        for step, value in enumerate(losses, first):
+            if not math.isfinite(value):
+                raise ConfigError(
+                    f"{self.title}: the loss is {value} at step {step}",
+                    expected="a finite loss",
+                    fix=f"lower the learning rate; the last good state is kept in {self.checkpoint}",
+                )
+
+    def note(self) -> str:
+        """For the progress bar."""
+        known = self.history.losses[-50:]
+        return f"loss {np.mean(known):.4f}" if known else ""
+
+    def save(self) -> None:
+        """Write the checkpoint, unless the last losses say that the state is spoilt."""
+        self.fetch()
+        if self.accelerator.is_main_process:
+            _save(self.checkpoint, self.module, self.ema, self.optimizer, self.history, _settings(self.config))
+
+    def evaluation_is_due(self) -> bool:
+        """The same in all processes, which evaluate at the same step."""
+        last = self.history.validation[-1][0] if self.history.validation else 0.0
+        pause_s = max(self.config.evaluate_every_s, self.evaluation_s / EVALUATION_SHARE)
+        return self.history.elapsed_s - last >= pause_s
+
+    def evaluate(self, evaluate: Evaluate) -> float:
+        """Note the loss of the EMA on held-out data; returns the seconds that it took."""
+        self.fetch()  # what the device still trains is no part of the evaluation
+        started = time.monotonic()
+        with torch.no_grad(), self.autocast():
+            value = evaluate(self.ema)
+        took_s = time.monotonic() - started
+        self.evaluation_s = _agree(self.accelerator, took_s)
+        self.history.validation.append((self.history.elapsed_s, self.history.step, value))
+        return took_s
+
+
+def _begin(module: nn.Module, config: TrainConfig, checkpoint: Path, title: str) -> _Run:
+    accelerator = Accelerator()
     module = module.to(accelerator.device).train()
     ema = deepcopy(module).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(
@@ -74,44 +200,33 @@ def fit(
     if checkpoint.exists():
         history = _restore(checkpoint, module, ema, optimizer, _settings(config))
     model, optimizer = accelerator.prepare(module, optimizer)
+    if config.compile:
+        model = torch.compile(model)
+    return _Run(accelerator, module, model, ema, optimizer, history, config, checkpoint, title)
 
-    begun = saved = time.monotonic()
-    elapsed_before = history.elapsed_s
-    with progress(title, total=1000) as advance:
-        while (done := _progress(history, config)) < 1:
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * _lr_factor(history.step, done, config)
-            rng = np.random.default_rng([config.seed, history.step, accelerator.process_index])
-            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                value = loss(model, history.step, rng)
-            accelerator.backward(value)
-            accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            _update_ema(ema, module, min(config.ema, (1 + history.step) / (10 + history.step)))
 
-            history.losses.append(float(accelerator.reduce(value.detach(), "mean")))
-            history.step += 1
-            history.elapsed_s = _agree(accelerator, elapsed_before + time.monotonic() - begun)
-            advance(1000 * _progress(history, config), f"loss {np.mean(history.losses[-50:]):.4f}")
-            if not math.isfinite(history.losses[-1]):
-                raise ConfigError(
-                    f"{title}: the loss is {history.losses[-1]} at step {history.step}",
-                    expected="a finite loss",
-                    fix=f"lower the learning rate; the last good state is kept in {checkpoint}",
-                )
-            if accelerator.is_main_process and time.monotonic() - saved > config.save_every_s:
-                _save(checkpoint, module, ema, optimizer, history, _settings(config))
-                saved = time.monotonic()
-    if accelerator.is_main_process:
-        _save(checkpoint, module, ema, optimizer, history, _settings(config))
-    accelerator.wait_for_everyone()
-    return ema, history
+@contextmanager
+def _compile_errors(compiling: bool) -> Iterator[None]:
+    """Say in one sentence why torch.compile, which works at the first step, does not."""
+    if not compiling:
+        yield
+        return
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"torch.compile failed ({reason})",
+            expected="a C++ compiler, and Triton on a GPU",
+            fix="install them, or train without compile; the run continues from its checkpoint",
+        ) from None
 
 
 def _settings(config: TrainConfig) -> dict[str, object]:
-    """What a resumed run must share with the one that it continues: everything but the budget."""
-    return {k: v for k, v in asdict(config).items() if k not in ("seconds", "steps", "save_every_s")}
+    """What a resumed run must share with the one that it continues."""
+    return {k: v for k, v in asdict(config).items() if k not in FREE}
 
 
 def _progress(history: History, config: TrainConfig) -> float:
@@ -128,8 +243,7 @@ def _lr_factor(step: int, done: float, config: TrainConfig) -> float:
 
 @torch.no_grad()
 def _update_ema(ema: nn.Module, module: nn.Module, decay: float) -> None:
-    for average, value in zip(ema.parameters(), module.parameters(), strict=True):
-        average.lerp_(value, 1 - decay)
+    torch._foreach_lerp_(list(ema.parameters()), list(module.parameters()), 1 - decay)  # few kernels on a GPU
 
 
 def _agree(accelerator: Accelerator, seconds: float) -> float:
@@ -152,9 +266,8 @@ def _save(
     tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
-    record = {"step": history.step, "elapsed_s": history.elapsed_s, "losses": history.losses}
     contiguous = {k: v.detach().contiguous() for k, v in tensors.items()}
-    write_bytes(path, save(contiguous, {"history": json.dumps(record), "settings": json.dumps(settings)}))
+    write_bytes(path, save(contiguous, {"history": json.dumps(asdict(history)), "settings": json.dumps(settings)}))
 
 
 def _restore(
@@ -163,6 +276,7 @@ def _restore(
     try:
         with safe_open(path, framework="pt") as file:
             history = History(**json.loads(file.metadata()["history"]))
+            history.validation = [(seconds, step, value) for seconds, step, value in history.validation]
             saved = json.loads(file.metadata()["settings"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         module.load_state_dict(_under(tensors, "model."))

@@ -53,7 +53,10 @@ def test_training_beats_the_linear_start_and_normalises(images: np.ndarray, tmp_
     config = AutoencoderTraining(
         TrainConfig(steps=200, lr=4e-3, warmup_steps=10, ema=0.95, precision="no"), crop_width=48
     )
-    trained, _ = train_autoencoder(SmallAutoencoder(TINY), lambda i: images[i], len(images), config, tmp_path / "c")
+    pictures = torch.from_numpy(images)
+    trained, _ = train_autoencoder(
+        SmallAutoencoder(TINY), lambda indices: pictures[indices], len(images), config, tmp_path / "c"
+    )
     with torch.no_grad():
         before, after = (float((a.decode(a.encode(x)) - x).square().mean()) for a in (start, trained))
         latents = trained.encode(x)

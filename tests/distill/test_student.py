@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,15 +12,24 @@ import numpy as np
 import pytest
 import torch
 
-from distill.batches import EncodedSplit
-from distill.rpfm import RPFMConfig
+from distill import store as store_module
+from distill.batches import EncodedSplit, settle_split
+from distill.rpfm import RPFM, RPFMConfig
 from distill.store import StoreConfig, Trajectories, build_store, load_store
-from distill.student import DistillConfig, Method, create_student, load_student, save_student, train_student
+from distill.student import (
+    DistillConfig,
+    Method,
+    Student,
+    create_student,
+    load_student,
+    save_student,
+    train_student,
+)
 from distill.teacher import RPFMTeacher, load_teacher, sample_teacher
 from distill.train import TrainConfig
 from rpfm_edge.data import draw_batch
 from rpfm_edge.errors import ConfigError, InputError
-from tests.distill.tiny import NETWORK, SIZE, toy_data, toy_teacher
+from tests.distill.tiny import NETWORK, SIZE, randomised, toy_data, toy_teacher
 
 STORE = StoreConfig(trajectories=64, sources_per_shard=2, targets_per_source=4)
 
@@ -67,8 +78,52 @@ def test_store_resumes_shard_by_shard(teacher: RPFMTeacher, data: EncodedSplit, 
 
 def test_store_of_another_config_is_refused(teacher: RPFMTeacher, data: EncodedSplit, tmp_path: Path) -> None:
     build_store(teacher, "toy", data, tmp_path, STORE, seconds=0.0)
-    with pytest.raises(ConfigError, match="another teacher or config"):
+    with pytest.raises(ConfigError, match="another teacher, data set or config"):
         build_store(teacher, "toy", data, tmp_path, StoreConfig(trajectories=64, seed=9))
+
+
+def test_store_of_another_data_set_is_refused(teacher: RPFMTeacher, data: EncodedSplit, tmp_path: Path) -> None:
+    """Its paths name pictures by number, so they would be of other people."""
+    build_store(teacher, "toy", data, tmp_path, STORE, seconds=0.0)
+    other = replace(data, split=replace(data.split, pairs=data.split.pairs[:-1]))
+    with pytest.raises(ConfigError, match="another teacher, data set or config"):
+        build_store(teacher, "toy", other, tmp_path, STORE)
+    old = {k: v for k, v in json.loads((tmp_path / "store.json").read_text()).items() if k != "data"}
+    (tmp_path / "store.json").write_text(json.dumps(old))  # from before the data were noted
+    build_store(teacher, "toy", other, tmp_path, STORE, seconds=0.0)
+
+
+def test_shards_are_the_same_however_many_are_solved_together(
+    teacher: RPFMTeacher, data: EncodedSplit, store: Trajectories, tmp_path: Path
+) -> None:
+    build_store(teacher, "toy", data, tmp_path, replace(STORE, shards_per_solve=3))
+    together = load_store(tmp_path, STORE)
+    assert torch.equal(together.states[:, 0], store.states[:, 0])
+    np.testing.assert_array_equal(together.targets, store.targets)
+    torch.testing.assert_close(together.states, store.states, atol=0.05, rtol=0.05)  # bf16 where it is fast
+
+
+def test_of_a_larger_store_only_the_paths_that_were_asked_for(
+    teacher: RPFMTeacher, data: EncodedSplit, store: Trajectories, tmp_path: Path
+) -> None:
+    build_store(teacher, "toy", data, tmp_path, STORE)
+    files = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    few = replace(STORE, trajectories=24)
+    assert build_store(teacher, "toy", data, tmp_path, few) == 3
+    assert files == {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    assert torch.equal(load_store(tmp_path, few).states, store.states[:24])
+    assert len(load_store(tmp_path).states) == 64
+
+
+def test_seconds_bound_the_solving_of_all_calls_together(
+    teacher: RPFMTeacher, data: EncodedSplit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each solve takes ten seconds of a clock that we turn: 25 s are three solves, and no more in a second call."""
+    ticks = itertools.count(step=10)
+    monkeypatch.setattr(store_module, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    assert build_store(teacher, "toy", data, tmp_path, STORE, seconds=25) == 3
+    assert build_store(teacher, "toy", data, tmp_path, STORE, seconds=25) == 3
+    assert build_store(teacher, "toy", data, tmp_path, STORE, seconds=35) == 4
 
 
 def test_grid_must_serve_eight_steps(teacher: RPFMTeacher, data: EncodedSplit, tmp_path: Path) -> None:
@@ -113,6 +168,71 @@ def test_distillation_beats_few_steps_of_the_teacher(
         made = student.sample(noise, student.condition(batch.source, batch.pose), steps)
     exact = 0.5 + 0.5 * noise
     assert (made - exact).square().mean() < 0.2 * (few - exact).square().mean()
+
+
+def gaussian_student(method: Method, data: EncodedSplit, folder: Path, start: RPFM | None = None) -> RPFM:
+    """A one-step student of the closed-form teacher: 100 steps from nothing, or 60 gentler ones from a start."""
+    teacher = load_teacher("tests.distill.test_teacher:gaussian_teacher")
+    build_store(teacher, "toy", data, folder / "store", STORE)
+    torch.manual_seed(0)
+    steps, lr = (60, 1e-3) if start else (100, 5e-3)
+    train = TrainConfig(steps=steps, lr=lr, warmup_steps=10, ema=0.9, precision="no")
+    config = DistillConfig(method, 1, train, batch=32, perceptual_weight=0.0)
+    fresh = create_student(teacher, config, replace(NETWORK, dim=96, depth=1, pose_channels=2), start)
+    student, _ = train_student(fresh, data, load_store(folder / "store"), config, folder / f"{method}-{steps}")
+    return student.network
+
+
+@pytest.mark.slow
+def test_an_endpoint_polishes_a_flow_map(data: EncodedSplit, tmp_path: Path) -> None:
+    """At one step, noise never seen: nearer to the closed form than the flow map it starts from, and than this flow
+    map trained on as long. The step embedding is kept, and is told d = 1."""
+    data = settle_split(data, "cpu", resident=True)
+    flowmap = gaussian_student("flowmap", data, tmp_path)
+    continued = gaussian_student("flowmap", data, tmp_path, flowmap)
+    polished = gaussian_student("endpoint", data, tmp_path, flowmap)
+    noise = torch.randn(16, 8, 8, 6, generator=torch.Generator().manual_seed(7))
+    batch = data.batch(*draw_batch(data.split, 2, 8, np.random.default_rng(0)))
+    told: list[torch.Tensor] = []
+    polished.step.register_forward_hook(lambda module, inputs, output: told.append(inputs[0]))
+
+    def error(network: RPFM) -> float:
+        student = Student(network, toy_teacher().autoencoder).eval()
+        with torch.no_grad():
+            made = student.sample(noise, student.condition(batch.source, batch.pose), 1)
+        return float((made - (0.5 + 0.5 * noise)).square().mean())
+
+    assert error(polished) < 0.8 * error(continued) < error(flowmap)
+    assert [d.unique().tolist() for d in told] == [[1.0]]
+
+
+@pytest.mark.parametrize("method", ["flowmap", "endpoint"])
+def test_a_student_begins_as_the_one_it_starts_from(method: Method, teacher: RPFMTeacher, data: EncodedSplit) -> None:
+    """A flow map has a step embedding that its start lacked, and it is zero; an endpoint adds none."""
+    start = create_student(teacher, DistillConfig("reflow", 1))
+    randomised(start.network, seed=5)
+    student = create_student(teacher, DistillConfig(method, 1), start=start.network)
+    assert (student.network.step is None) == (method == "endpoint")
+    batch = data.batch(*draw_batch(data.split, 1, 2, np.random.default_rng(0)))
+    noise = torch.randn(2, *teacher.latent_shape)
+    with torch.no_grad():
+        a, b = (s.sample(noise, s.condition(batch.source, batch.pose), 1) for s in (start, student))
+    torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"latent_size": (8, 8)}, r"has latents \(8, 8, 8\): expected \(8, 8, 6\)"),
+        ({"factor": 4}, "has pixels per latent 4: expected 8"),
+        ({"depth": 3}, r"has architecture .*depth=3.*: expected .*depth=2"),
+        ({"step_embedding": True}, "reflow, whose network knows no step size, cannot start"),
+    ],
+)
+def test_a_start_that_does_not_fit(changes: dict[str, object], message: str, teacher: RPFMTeacher) -> None:
+    start = RPFM(replace(NETWORK, **changes))
+    with pytest.raises(ConfigError, match=message):
+        create_student(teacher, DistillConfig("reflow", 1), NETWORK, start)
 
 
 def test_artifact_round_trip(teacher: RPFMTeacher, data: EncodedSplit, tmp_path: Path) -> None:

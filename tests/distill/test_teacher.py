@@ -12,9 +12,11 @@ import torch
 from distill.rpfm import RPFM
 from distill.teacher import (
     FlowMatchingConfig,
+    FlowMatchingLoss,
     Guidance,
     RPFMTeacher,
     encode_pose,
+    held_out_loss,
     load_teacher,
     sample_teacher,
     save_teacher,
@@ -89,6 +91,31 @@ def test_flow_matching_learns_to_reach_the_target(conditions: SimpleNamespace, t
     made = sample_teacher(learnt, noise, learnt.condition(batch.source, batch.pose), 8)
     error = (made - batch.target).square().mean()
     assert error < (data.latents.float().mean((0, 1)) - batch.target).square().mean()
+
+
+def test_held_out_loss_is_the_same_each_time_and_for_every_run(conditions: SimpleNamespace) -> None:
+    """Whatever the seed and the batches of the run, but not whatever the weights."""
+    data, network = conditions.data, RPFM(NETWORK)
+    runs = (FlowMatchingConfig(), FlowMatchingConfig(TrainConfig(seed=5), sources=2, targets_per_source=3))
+    first, second = (held_out_loss(data, config) for config in runs)
+    model = FlowMatchingLoss(network, conditions.teacher.autoencoder, runs[0])
+    with torch.no_grad():
+        assert first(model) == first(model) == second(model)
+        # an untrained network predicts zero, so this is E|y - z|² of the pictures there
+        assert first(model) == pytest.approx(1 + float(data.latents.float().square().mean()), rel=0.1)
+        better = FlowMatchingLoss(conditions.teacher.network, conditions.teacher.autoencoder, runs[0])
+        assert first(better) != first(model)
+
+
+def test_training_keeps_the_held_out_curve(conditions: SimpleNamespace, tmp_path: Path) -> None:
+    data, teacher = conditions.data, conditions.teacher
+    train = TrainConfig(steps=40, lr=4e-3, warmup_steps=5, ema=0.9, precision="no", evaluate_every_s=1000.0)
+    config = FlowMatchingConfig(train=train, sources=2, targets_per_source=4)
+    network, history = train_teacher(RPFM(NETWORK), teacher.autoencoder, data, config, tmp_path / "c", data)
+    with torch.no_grad():
+        final = held_out_loss(data, config)(FlowMatchingLoss(network, teacher.autoencoder, config))
+    assert history.validation == [(history.elapsed_s, 40, pytest.approx(final))]
+    assert final < history.losses[0]
 
 
 def test_artifact_round_trip(conditions: SimpleNamespace, tmp_path: Path) -> None:

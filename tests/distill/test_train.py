@@ -9,12 +9,16 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from distill import train
 from distill.train import TrainConfig, fit
 from rpfm_edge.errors import ArtifactError, ConfigError
 
@@ -116,6 +120,106 @@ def test_no_budget() -> None:
         fit(Regression(), loss, TrainConfig(), Path("never"), "t")
 
 
+def weight(model: nn.Module) -> float:
+    """Stands for a held-out loss: tells which weights were evaluated."""
+    assert not torch.is_grad_enabled()
+    return float(model.linear.weight[0, 0])
+
+
+def test_the_average_is_evaluated_now_and_then_and_at_the_end(tmp_path: Path) -> None:
+    config = replace(CONFIG, evaluate_every_s=1e-9)
+    ema, history = fit(Regression(), loss, config, tmp_path / "c", "t", weight)
+    times, steps, values = zip(*history.validation, strict=True)
+    assert steps[0] == 1
+    assert (steps[-1], values[-1]) == (60, float(ema.linear.weight[0, 0]))
+    assert list(times) == sorted(times)
+    _, plain = fit(Regression(), loss, CONFIG, tmp_path / "plain", "t")
+    assert (plain.losses, plain.validation) == (history.losses, [])
+
+
+def test_evaluation_takes_three_percent_at_most_and_no_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes a second, an evaluation three: 300 s of budget are 300 steps, with 100 between evaluations."""
+    now = [0.0]
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def takes_a_second(model: nn.Module, step: int, rng: np.random.Generator) -> torch.Tensor:
+        now[0] += 1
+        return loss(model, step, rng)
+
+    def takes_three(model: nn.Module) -> float:
+        now[0] += 3
+        return weight(model)
+
+    config = TrainConfig(seconds=300, lr=0.05, precision="no", evaluate_every_s=10)
+    _, history = fit(Regression(), takes_a_second, config, tmp_path / "c", "t", takes_three)
+    assert (history.step, history.elapsed_s) == (300, 300)
+    assert [point[:2] for point in history.validation] == [(10, 10), (110, 110), (210, 210), (300, 300)]
+
+
+def test_the_curve_continues_after_a_kill(tmp_path: Path) -> None:
+    config = replace(CONFIG, steps=30, evaluate_every_s=1e-9)
+    _, first = fit(Regression(), loss, config, tmp_path / "c", "t", weight)
+    _, second = fit(Regression(), loss, replace(config, steps=60), tmp_path / "c", "t", weight)
+    assert second.validation[: len(first.validation)] == first.validation
+    assert second.validation[-1][1] == 60
+
+
+def test_a_checkpoint_from_before_the_curve_resumes(tmp_path: Path) -> None:
+    half = replace(CONFIG, steps=30)
+    fit(Regression(), loss, half, tmp_path / "c", "t")
+    with safe_open(tmp_path / "c", framework="pt") as file:
+        metadata = dict(file.metadata())
+    history = json.loads(metadata["history"])
+    del history["validation"]
+    save_file(load_file(tmp_path / "c"), tmp_path / "c", {**metadata, "history": json.dumps(history)})
+    _, resumed = fit(Regression(), loss, CONFIG, tmp_path / "c", "t")
+    assert (resumed.step, resumed.validation) == (60, [])
+
+
+def test_a_checkpoint_names_no_device_and_no_way_of_running(tmp_path: Path) -> None:
+    """What may differ between two machines is not asked for when a run continues; the rest is."""
+    half = replace(CONFIG, steps=30, save_every_s=5.0, evaluate_every_s=9.0)
+    fit(Regression(), loss, half, tmp_path / "c", "t")
+    with safe_open(tmp_path / "c", framework="pt") as file:
+        settings = json.loads(file.metadata()["settings"])
+    free = {"seconds", "steps", "save_every_s", "evaluate_every_s", "compile"}
+    assert set(settings) == set(TrainConfig.__slots__) - free
+    _, history = fit(Regression(), loss, CONFIG, tmp_path / "c", "t")
+    assert history.step == 60
+
+
+def test_divergence_between_two_looks_at_the_losses(tmp_path: Path) -> None:
+    """The step is named although the losses are fetched later, and no spoilt state is written."""
+
+    def explodes(model: nn.Module, step: int, rng: np.random.Generator) -> torch.Tensor:
+        return loss(model, step, rng) * (float("inf") if step == 3 else 1.0)
+
+    with pytest.raises(ConfigError, match="the loss is inf at step 4"):
+        fit(Regression(), explodes, TrainConfig(steps=7, precision="no"), tmp_path / "c", "t")
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.slow
+def test_a_compiled_run_learns_the_same_and_continues_without(tmp_path: Path) -> None:
+    half = replace(CONFIG, steps=30)
+    _, plain = fit(Regression(), loss, half, tmp_path / "plain", "t")
+    _, compiled = fit(Regression(), loss, replace(half, compile=True), tmp_path / "c", "t")
+    np.testing.assert_allclose(compiled.losses, plain.losses, rtol=1e-4)
+    _, continued = fit(Regression(), loss, CONFIG, tmp_path / "c", "t")
+    assert continued.step == 60
+
+
+@pytest.mark.slow
+def test_a_compiler_that_does_not_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._inductor.config as inductor
+
+    torch.compiler.reset()
+    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(ConfigError, match=r"torch.compile failed \(.+\): expected a C\+\+ compiler"):
+        fit(Regression(), loss, replace(CONFIG, compile=True), tmp_path / "c", "t")
+
+
 def test_divergence_is_an_error_that_keeps_the_last_good_state(tmp_path: Path) -> None:
     def explodes(model: nn.Module, step: int, rng: np.random.Generator) -> torch.Tensor:
         return loss(model, step, rng) * (float("nan") if step == 10 else 1.0)
@@ -137,10 +241,18 @@ torch.set_num_threads(1)
 from tests.distill.test_train import CONFIG, Regression, loss
 from distill.train import fit
 out = Path(sys.argv[1])
-ema, history = fit(Regression(), loss, CONFIG, out / "checkpoint", "t", cpu=True)
+config = replace(CONFIG, evaluate_every_s=1e-9)
+ema, history = fit(Regression(), loss, config, out / "checkpoint", "t", lambda ema: float(ema.linear.weight[0, 0]))
 state = PartialState()
 (out / f"rank{state.process_index}.json").write_text(
-    json.dumps({"losses": history.losses, "weight": ema.linear.weight.tolist(), "world": state.num_processes})
+    json.dumps(
+        {
+            "losses": history.losses,
+            "weight": ema.linear.weight.tolist(),
+            "validation": history.validation,
+            "world": state.num_processes,
+        }
+    )
 )
 """
 
@@ -165,6 +277,8 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert first["world"] == 2
     assert first["weight"] == second["weight"]
+    assert first["validation"] == second["validation"]
+    assert first["validation"][-1][1:] == [60, first["weight"][0][0]]
     batches = [np.random.default_rng([3, 0, rank]).standard_normal((16, 3), dtype=np.float32) for rank in range(2)]
     expected = np.mean([np.square(x @ TRUE.numpy().T).mean() for x in batches])
     assert first["losses"][0] == pytest.approx(expected, rel=1e-5)
