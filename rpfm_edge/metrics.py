@@ -333,12 +333,17 @@ def paired_bootstrap(
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How much drift is accepted: limits on the median over the images. None leaves a metric free."""
+    """How much drift is accepted: limits on the median over the images. None leaves a metric free.
+
+    ``pck`` and ``flicker`` are limited in their mean: most pictures have all joints right, so a median is soon 1.
+    """
 
     psnr_db_min: float | None = None
     ssim_min: float | None = None
     flip_max: float | None = None
     lpips_max: float | None = None
+    pck_min: float | None = None
+    flicker_max: float | None = None
 
     @classmethod
     def load(cls, path: Path) -> Budget:
@@ -369,7 +374,7 @@ class Budget:
         return cls(**table)
 
     def check(self, summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
-        """The violations, each naming metric, measured median and limit; empty when all limits are met.
+        """The violations, each naming metric, measured value and limit; empty when all limits are met.
 
         A limit on a metric that was not measured, or that came out as nan, is a violation.
         """
@@ -381,8 +386,9 @@ class Budget:
             if name not in summary:
                 violations.append(f"{name} was not measured, the limit is {limit:g} ({field.name})")
                 continue
-            median = summary[name]["median"]
-            if not (median >= limit if side == "min" else median <= limit):
+            average = "mean" if name in ("pck", "flicker") else "median"
+            value = summary[name][average]
+            if not (value >= limit if side == "min" else value <= limit):
                 words = "below" if side == "min" else "above"
-                violations.append(f"{name} median {median:.4g} is {words} the limit {limit:g} ({field.name})")
+                violations.append(f"{name} {average} {value:.4g} is {words} the limit {limit:g} ({field.name})")
         return violations

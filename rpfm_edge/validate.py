@@ -1,8 +1,11 @@
-"""Quality on held-out identities: a bundle against its teacher at the same noise, and both against the ground truth."""
+"""Quality on held-out identities: a bundle against its teacher at the same noise, and both against the ground truth.
+
+Beside the distances to these: where the joints are (``keypoints``), and how steady videos are (``flicker``).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,21 +17,29 @@ from rpfm_edge.artifact import Artifact
 from rpfm_edge.bundle import add_evidence
 from rpfm_edge.data import Split
 from rpfm_edge.errors import ConfigError, InputError
-from rpfm_edge.metrics import Budget
+from rpfm_edge.flicker import Clip, ClipConfig, missing_clips, open_clips, steadiness
+from rpfm_edge.keypoints import missing_pose, pose_accuracy, scored
+from rpfm_edge.metrics import Budget, Summary
 from rpfm_edge.pipeline import Pipeline
 from rpfm_edge.pose import draw_skeleton
 from rpfm_edge.progress import progress
 
+CLIPS = ClipConfig()
+
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Held-out pairs with a noise for each: n sources, skeletons and ground truths (n, H, W, 3) uint8."""
+    """Held-out pairs with a noise for each: n sources, skeletons and ground truths (n, H, W, 3) uint8.
+
+    ``poses`` are what the skeletons show, (n, 18, 2) pixels; without them the accuracy of poses is not measured.
+    """
 
     names: list[tuple[str, str]]
     sources: np.ndarray
     skeletons: np.ndarray
     truths: np.ndarray
     noise: np.ndarray  # (n, C, h, w) float32
+    poses: np.ndarray | None = None
 
 
 def draw_pairs(split: Split, count: int, size: tuple[int, int], latent_shape: Iterable[int], seed: int = 0) -> Pairs:
@@ -44,12 +55,14 @@ def draw_pairs(split: Split, count: int, size: tuple[int, int], latent_shape: It
         raise InputError(f"{split.root} has no pairs", expected="pairs to validate on", fix="check its pairs file")
     order = rng.permutation(len(visible))[:count]
     chosen = [visible[i] for i in order]
+    poses = np.stack([split.pose(int(t), size) for _, t in chosen])
     return Pairs(
         names=[(split.names[s], split.names[t]) for s, t in chosen],
         sources=np.stack([split.image(int(s), size) for s, _ in chosen]),
-        skeletons=np.stack([draw_skeleton(split.pose(int(t), size), size) for _, t in chosen]),
+        skeletons=np.stack([draw_skeleton(pose, size) for pose in poses]),
         truths=np.stack([split.image(int(t), size) for _, t in chosen]),
         noise=rng.standard_normal((len(chosen), *latent_shape), dtype=np.float32),
+        poses=poses,
     )
 
 
@@ -65,37 +78,98 @@ def bundle_images(bundle: str | Path, backend: str, pairs: Pairs) -> np.ndarray:
     return np.stack(images)
 
 
+def bundle_videos(bundle: str | Path, backend: str, clips: Sequence[Clip]) -> list[np.ndarray]:
+    """What the bundle makes of the clips: (n, H, W, 3) uint8 each, every frame from the clip's one noise."""
+    if not clips:
+        return []
+    videos = []
+    with (
+        Pipeline.open(bundle, backend) as pipe,
+        progress(f"{backend}, clips", total=sum(len(clip.truth) for clip in clips)) as advance,
+    ):
+        for clip in clips:
+            person = pipe.prepare(clip.source)
+            videos.append(np.stack([pipe.render_skeleton(person, pose, clip.noise) for pose in clip.skeletons]))
+            advance(sum(len(video) for video in videos))
+    return videos
+
+
+def teacher_videos(teacher: str | Path, clips: Sequence[Clip]) -> list[np.ndarray]:
+    """As ``bundle_videos``, from the teacher's reference solution."""
+    from distill.reference import REFERENCE_SOLVER, REFERENCE_STEPS, teacher_images
+
+    reference, videos = (REFERENCE_STEPS, REFERENCE_SOLVER), []
+    for clip in clips:
+        source, noise = (np.repeat(a, len(clip.truth), axis=0) for a in (clip.source[None], clip.noise))
+        videos.append(teacher_images(teacher, source, clip.skeletons, noise, [reference])[reference])
+    return videos
+
+
 def drift(images: np.ndarray, teacher: np.ndarray, truths: np.ndarray) -> dict[str, Any]:
     """A stage's distances to the teacher's images and to the ground truth."""
     return {"against_teacher": metrics.compare(teacher, images), "against_truth": metrics.compare(truths, images)}
 
 
-def teacher_stages(teacher: str | Path, pairs: Pairs, steps: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
+def measure_stage(
+    images: np.ndarray, teacher: np.ndarray, pairs: Pairs, videos: Sequence[np.ndarray], clips: Sequence[Clip]
+) -> dict[str, Any]:
+    """A stage's drift, accuracy of poses (if it can be told) and flicker (if there are videos)."""
+    return drift(images, teacher, pairs.truths) | pose_accuracy(images, pairs.poses) | steadiness(videos, clips)
+
+
+def limited(stage: Mapping[str, Any]) -> Summary:
+    """What a budget limits, of a stage: the distances to the teacher, the accuracy of poses, the flicker."""
+    return {**stage["against_teacher"], **stage.get("pose", {}), **stage.get("flicker", {})}
+
+
+def teacher_stages(
+    teacher: str | Path, pairs: Pairs, steps: int, clips: Sequence[Clip] = ()
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """The teacher's reference images, and the first stages of every drift table.
 
     These are the reference against the truth, and the teacher with ``steps`` Euler steps: what one gets without
-    distilling.
+    distilling. ``clips`` are rendered by the reference, which takes long.
     """
     from distill.reference import REFERENCE_SOLVER, REFERENCE_STEPS, teacher_images
 
     reference, few = (REFERENCE_STEPS, REFERENCE_SOLVER), (steps, "euler")
     made = teacher_images(teacher, pairs.sources, pairs.skeletons, pairs.noise, {reference, few})
+    whole = {"against_truth": metrics.compare(pairs.truths, made[reference])}
+    whole |= pose_accuracy(made[reference], pairs.poses) | steadiness(teacher_videos(teacher, clips), clips)
     return made[reference], [
-        {"stage": "teacher, reference", "against_truth": metrics.compare(pairs.truths, made[reference])},
-        {"stage": f"teacher, {plural(steps)}", **drift(made[few], made[reference], pairs.truths)},
+        {"stage": "teacher, reference", **whole},
+        {"stage": f"teacher, {plural(steps)}", **measure_stage(made[few], made[reference], pairs, (), ())},
     ]
 
 
-def circumstances(pairs: Pairs) -> dict[str, Any]:
-    """What stands beside every drift figure: the pairs, the reference solution, what was not measured, the machine."""
+def truth_stages(pairs: Pairs, clips: Sequence[Clip]) -> list[dict[str, Any]]:
+    """The ground truth as the last stage: what the measures of poses and flicker find on it. None without these."""
+    found = pose_accuracy(pairs.truths, pairs.poses) | steadiness([clip.truth for clip in clips], clips)
+    return [{"stage": "ground truth", **found}] if found else []
+
+
+def circumstances(pairs: Pairs, clips: Sequence[Clip] = (), missing: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What stands beside every drift figure: pairs, clips, reference solution, what was not measured, the machine.
+
+    ``missing`` adds to the metrics that are.
+    """
     from distill.reference import REFERENCE_SOLVER, REFERENCE_STEPS
 
     return {
         "pairs": pairs.names,
+        "clips": [{"name": clip.name, "frames": len(clip.truth)} for clip in clips],
         "reference": {"steps": REFERENCE_STEPS, "solver": REFERENCE_SOLVER},
-        "missing": metrics.missing_metrics(),
+        "missing": {**metrics.missing_metrics(), **(missing or {})},
         "machine": measure.where(),
     }
+
+
+def missing_measures(pairs: Pairs, split: Split, filmed: ClipConfig) -> dict[str, str]:
+    """Which of ``pck`` and ``flicker`` cannot be measured here, and why."""
+    reasons = {"pck": missing_pose(), "flicker": missing_clips(split, filmed)}
+    if pairs.poses is None or not scored(pairs.poses, (pairs.truths.shape[1], pairs.truths.shape[2])).any():
+        reasons["pck"] = "no pose has neck and hip"
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def validate(
@@ -106,23 +180,26 @@ def validate(
     count: int,
     budget: Budget,
     seed: int = 0,
+    filmed: ClipConfig = CLIPS,
 ) -> dict[str, Any]:
     """Measure drift on ``count`` pairs for each backend, keep it in the bundle as evidence, and judge it by ``budget``.
 
     Stages: those of the teacher (``teacher_stages``), then the bundle on each backend; all against the teacher's
-    reference solution. The violations of the budget are those of the bundle.
+    reference solution. The ground truth is the last (``truth_stages``). The violations of the budget are those of the
+    bundle. ``filmed`` says which clips flicker is measured on.
     """
-    steps = int(bundle.config["steps"])
-    pairs = draw_pairs(split, count, tuple(bundle.config["size"]), bundle.config["latent_shape"], seed)
-    reference, stages = teacher_stages(teacher, pairs, steps)
+    steps, size, shape = int(bundle.config["steps"]), tuple(bundle.config["size"]), bundle.config["latent_shape"]
+    pairs, clips = draw_pairs(split, count, size, shape, seed), open_clips(split, filmed, size, shape, seed)
+    reference, stages = teacher_stages(teacher, pairs, steps, clips if filmed.teacher else ())
     violations = []
     for backend in backends:
-        stage = drift(bundle_images(bundle.path, backend, pairs), reference, pairs.truths)
+        images, videos = bundle_images(bundle.path, backend, pairs), bundle_videos(bundle.path, backend, clips)
+        stage = measure_stage(images, reference, pairs, videos, clips)
         stages.append({"stage": f"bundle, {plural(steps)}, {bundle.config['precision']}, {backend}", **stage})
-        violations += [f"{backend}: {text}" for text in budget.check(stage["against_teacher"])]
+        violations += [f"{backend}: {text}" for text in budget.check(limited(stage))]
     evidence = {
-        **circumstances(pairs),
-        "stages": stages,
+        **circumstances(pairs, clips, missing_measures(pairs, split, filmed)),
+        "stages": stages + truth_stages(pairs, clips),
         "teacher": str(teacher),
         "seed": seed,
         "budget": {k: v for k, v in asdict(budget).items() if v is not None},

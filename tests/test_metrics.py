@@ -287,6 +287,17 @@ def test_budget_names_metric_measured_and_limit() -> None:
     ]
 
 
+def test_budget_limits_the_mean_of_pck_and_flicker() -> None:
+    summary = {"pck": statistics([1, 1, 0.25]), "flicker": statistics([1, 1, 4])}
+    assert Budget(pck_min=0.75, flicker_max=2).check(summary) == []
+    assert Budget(pck_min=0.76, flicker_max=1.9).check(summary) == [
+        "pck mean 0.75 is below the limit 0.76 (pck_min)",
+        "flicker mean 2 is above the limit 1.9 (flicker_max)",
+    ]
+    assert Budget.from_dict({"pck_min": 0.9}).check({}) == ["pck was not measured, the limit is 0.9 (pck_min)"]
+    assert Budget(flicker_max=9).check({"flicker": statistics([math.nan])})
+
+
 def test_budget_never_passes_what_was_not_measured() -> None:
     assert Budget(lpips_max=0.1).check({}) == ["lpips was not measured, the limit is 0.1 (lpips_max)"]
     assert len(Budget(ssim_min=0.9, flip_max=0.1).check({n: statistics([math.nan]) for n in ("ssim", "flip")})) == 2

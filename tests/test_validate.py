@@ -1,0 +1,146 @@
+"""What validate adds to the distances: poses and flicker, in the evidence, the budget and the table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rpfm_edge import api, artifact, cli
+from rpfm_edge.artifact import Artifact
+from rpfm_edge.bundle import read_evidence
+from rpfm_edge.data import Split, open_split, read_clip, sample_root
+from rpfm_edge.errors import ConfigError
+from rpfm_edge.flicker import ClipConfig, flicker_levels, motion_ratio, open_clips
+from rpfm_edge.metrics import Budget
+from rpfm_edge.pipeline import Pipeline
+from rpfm_edge.pose import FRAME, scale_pose
+from rpfm_edge.validate import bundle_videos, draw_pairs, missing_measures, validate
+from tests.blob import blob_network
+from tests.toy import make_teacher
+
+SIZE, SHAPE = (64, 48), (8, 8, 6)
+FILMED = ClipConfig(count=1, frames=3)
+
+
+@pytest.fixture(scope="module")
+def split() -> Split:
+    """All of the sample, the person of its clip included."""
+    return open_split(sample_root(), "test")
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_graph: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return api.build(tiny_graph.path, tmp_path_factory.mktemp("bundle") / "bundle", "onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_teacher(tmp_path_factory.mktemp("teacher") / "teacher")
+
+
+@pytest.fixture
+def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RPFM_EDGE_POSE", raising=False)
+    monkeypatch.setenv("RPFM_EDGE_CACHE", str(tmp_path / "cache"))
+
+
+def measured(bundle: Artifact, teacher: Path, split: Split, budget: Budget, filmed: ClipConfig) -> dict[str, Any]:
+    return validate(bundle, teacher, split, ["onnxruntime"], 2, budget, filmed=filmed)
+
+
+def test_poses_and_flicker_of_every_stage(
+    bundle: Artifact, teacher: Path, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RPFM_EDGE_POSE", str(blob_network(tmp_path / "blob.xml")))
+    filmed = ClipConfig(count=1, frames=3, teacher=True)
+    budget = Budget(psnr_db_min=0.1, pck_min=1.1, flicker_max=-1)
+    found = measured(bundle, teacher, split, budget, filmed)
+    stages = {stage["stage"]: stage for stage in found["stages"]}
+    reference, few, own, truth = stages.values()
+    assert list(stages)[-1] == "ground truth"
+    assert [set(stage) & {"pose", "flicker"} for stage in (reference, few, own, truth)] == [
+        {"pose", "flicker"}, {"pose"}, {"pose", "flicker"}, {"pose", "flicker"}
+    ]  # fmt: skip
+    assert all(set(stage["pose"]) == {"pck", "pck_unsided"} for stage in stages.values())
+    assert truth["flicker"]["motion"]["values"] == [1]
+    assert not {"pck", "flicker"} & set(found["missing"])
+    assert found["clips"] == [{"name": "p00999", "frames": 3}]
+    levels, share = own["flicker"]["flicker"]["mean"], own["pose"]["pck"]["mean"]
+    assert found["violations"] == [
+        f"onnxruntime: pck mean {share:.4g} is below the limit 1.1 (pck_min)",
+        f"onnxruntime: flicker mean {levels:.4g} is above the limit -1 (flicker_max)",
+    ]
+    assert read_evidence(artifact.load(bundle.path))["drift"]["stages"] == found["stages"]
+
+
+@pytest.mark.usefixtures("no_network")
+def test_clips_are_rendered_from_one_noise(bundle: Artifact, split: Split) -> None:
+    clips = open_clips(split, FILMED, SIZE, SHAPE)
+    (video,) = bundle_videos(bundle.path, "onnxruntime", clips)
+    _, keypoints = read_clip(sample_root() / "clips" / "p00999")
+    with Pipeline.open(bundle.path) as pipe:
+        person = pipe.prepare(split.image(split.names.index("p00999_0.jpg"), SIZE))
+        frames = [pipe.render(person, scale_pose(pose, FRAME, SIZE), clips[0].noise) for pose in keypoints[:3]]
+    np.testing.assert_array_equal(video, np.stack(frames))
+    assert flicker_levels(video, clips[0].truth) > 0
+    assert motion_ratio(video, clips[0].truth) > 0
+    assert bundle_videos(bundle.path, "onnxruntime", []) == []
+
+
+@pytest.mark.usefixtures("no_network")
+def test_what_cannot_be_measured_is_said_and_breaks_its_limit(
+    bundle: Artifact, teacher: Path, split: Split, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = measured(bundle, teacher, split, Budget(pck_min=0.9, flicker_max=2.0), ClipConfig(count=0))
+    assert [stage["stage"] for stage in found["stages"]][-1] == "bundle, 2 steps, fp32, onnxruntime"
+    assert not [stage for stage in found["stages"] if {"pose", "flicker"} & set(stage)]
+    assert found["violations"] == [
+        "onnxruntime: pck was not measured, the limit is 0.9 (pck_min)",
+        "onnxruntime: flicker was not measured, the limit is 2 (flicker_max)",
+    ]
+    cli._drift_table(found)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "pck was not measured: the network is not at hand (run: python -m rpfm_edge.keypoints, or set" in printed
+    assert "flicker was not measured: no clips were asked for" in printed
+    assert "PCK" not in printed
+
+
+def test_poses_without_a_torso_are_not_scored(split: Split) -> None:
+    pairs = draw_pairs(split, 2, SIZE, SHAPE)
+    assert pairs.poses is not None
+    pairs.poses[:, 1] = np.nan
+    assert missing_measures(pairs, split, FILMED)["pck"] == "no pose has neck and hip"
+
+
+def test_pairs_hold_the_poses_of_their_skeletons(split: Split) -> None:
+    pairs = draw_pairs(split, 3, SIZE, SHAPE)
+    assert pairs.poses is not None
+    for (_, target), pose in zip(pairs.names, pairs.poses, strict=True):
+        np.testing.assert_array_equal(pose, split.pose(split.names.index(target), SIZE))
+
+
+def test_clips_of_one_frame_are_refused_before_anything_slow(bundle: Artifact, split: Split) -> None:
+    with pytest.raises(ConfigError, match="clips of 1 frames"):
+        measured(bundle, Path("no teacher"), split, Budget(), ClipConfig(frames=1))
+
+
+def test_the_table_gives_means(capsys: pytest.CaptureFixture[str]) -> None:
+    def stage(name: str, **measures: Any) -> dict[str, Any]:
+        return {"stage": name, **measures}
+
+    pose = {"pck": {"mean": 0.8125}, "pck_unsided": {"mean": 0.9}}
+    stages = [
+        stage("teacher, reference", against_truth={"psnr_db": {"median": 18.44}}, pose=pose),
+        stage("student", against_teacher={"psnr_db": {"median": 31.1}}),
+        stage("ground truth", flicker={"flicker": {"mean": 0.3996}, "motion": {"mean": 1.0}}),
+    ]
+    cli._drift_table({"stages": stages, "missing": {"lpips": "weights not at hand"}})
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "teacher, reference – – – 18.4 – –" in lines
+    assert "teacher, reference 0.812 0.900 – –" in lines
+    assert "ground truth – – 0.400 1.000" in lines
+    assert sum("student" in line for line in lines) == 1
+    assert sum("ground truth" in line for line in lines) == 1
