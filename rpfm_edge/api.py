@@ -44,7 +44,8 @@ def train(config: str | Path, data: str | Path, out: str | Path, **changes: Any)
     recipe = replace(recipe, **_given(changes))
     commands.preset(recipe.preset)  # what is wrong is said now, not after the autoencoder's training
     guidance_scale(0.0, recipe.guidance_scale, recipe.guidance_schedule)
-    made: Artifact = commands.train(recipe, open_splits(data).training, Path(out))
+    splits = open_splits(data)
+    made: Artifact = commands.train(recipe, splits.training, Path(out), splits.validation)
     return made
 
 
@@ -189,6 +190,35 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "lineage": [{f.name: getattr(stage, f.name) for f in fields(stage)} for stage in loaded.lineage],
         "evidence": read_evidence(loaded),
     }
+
+
+def frontier(
+    student: str | Path,
+    against: str | Path,
+    data: str | Path,
+    out: str | Path,
+    readme: str | Path | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
+    """Quality against speed of a student at several steps, precisions and backends; see ``measure_frontier``.
+
+    Args:
+        against: the teacher.
+        readme: a text file whose lines between ``<!-- frontier:begin -->`` and ``<!-- frontier:end -->`` become the
+            table.
+        changes: arguments of ``measure_frontier`` (steps, precisions, backends, pairs, …); None is no change.
+    """
+    for module, extra in (("torch", "distill"), ("skimage", "validate"), ("matplotlib", "validate")):
+        _require(module, extra)
+    from rpfm_edge.frontier import measure_frontier
+    from rpfm_edge.frontier_table import put_in_file
+
+    if readme is not None:
+        put_in_file(Path(readme), None)  # a file without the two markers is refused before anything slow
+    result = measure_frontier(student, against, data, out, **_given(changes))
+    if readme is not None:
+        put_in_file(Path(readme), result)
+    return result
 
 
 def run(recipe: str | Path) -> dict[str, Any]:

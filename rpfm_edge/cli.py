@@ -18,6 +18,7 @@ from rich.text import Text
 
 from rpfm_edge import api
 from rpfm_edge.errors import RpfmError
+from rpfm_edge.frontier_table import lines
 from rpfm_edge.validate import plural
 
 app = typer.Typer(
@@ -198,6 +199,43 @@ def inspect(artifact: Annotated[str, typer.Argument(help="A path or a shipped na
 
 
 @app.command()
+def frontier(
+    student: Annotated[str, typer.Argument(help="A student (path or student:xs).")],
+    against: Annotated[str, typer.Option(help="The teacher.")],
+    data: Data,
+    out: Out,
+    steps: Annotated[Optional[list[int]], typer.Option(help="May be given several times; default: 1 2 4 8.")] = None,  # noqa: UP045
+    precision: Annotated[Optional[list[str]], typer.Option(help="Likewise; default: fp32 fp16 int8.")] = None,  # noqa: UP045
+    target: Annotated[Optional[list[str]], typer.Option(help="Likewise; default: openvino onnxruntime.")] = None,  # noqa: UP045
+    pairs: Annotated[int, typer.Option(help="Held-out pairs.")] = 48,
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 64,
+    runs: Annotated[int, typer.Option(help="At least so many frames of each engine, all in turns.")] = 30,
+    seconds: Annotated[float, typer.Option(help="For at least so long, on average.")] = 2.0,
+    readme: Annotated[Optional[Path], typer.Option(help="Put the table between this file's two markers.")] = None,  # noqa: UP045
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Measure quality against speed: steps × precision × backend."""
+    chosen = {"steps": steps or None, "precisions": precision or None, "backends": target or None}
+    counts = {"pairs": pairs, "samples": samples, "runs": runs, "seconds": seconds, "seed": seed}
+    result = api.frontier(student, against, data, out, readme, **chosen, **counts)
+    _frontier_table(result)
+    _finish(result, json) if json else _say(f"wrote {out / 'frontier.md'}")
+
+
+def _frontier_table(result: Mapping[str, Any]) -> None:
+    table = _table("engine", "steps", "per s", "× torch", "p50 ms", "PSNR", "truth")
+    table.title = "PSNR in dB, to the teacher and to the truth; bold: none is both faster and closer to the teacher"
+    for line in lines(result["rows"]):
+        name, steps, fps, ratio, p50, _, psnr, truth, _ = line.cells
+        table.add_row(name, steps, fps, ratio, p50, psnr, truth, style="bold" if line.best else None)
+    console.print(table)
+    for line in lines(result["rows"]):
+        if line.reason:
+            _say(f"{line.cells[0]}, {plural(int(line.cells[1]))}: {line.reason}")
+
+
+@app.command()
 def run(recipe: Annotated[Path, typer.Argument(help="A TOML recipe.")], json: Json = False) -> None:
     """Run a recipe from teacher to report; what did not change is not run again."""
     result = api.run(recipe)
@@ -219,8 +257,26 @@ def _drift_table(evidence: Mapping[str, Any]) -> None:
             for side in ("against_teacher", "against_truth")
             for metric, digits in metrics.items()
         ]
-        table.add_row(stage["stage"], *cells)
+        if any(f"against_{side}" in stage for side in ("teacher", "truth")):
+            table.add_row(stage["stage"], *cells)
     console.print(table)
+    _motion_table(evidence)
+
+
+def _motion_table(evidence: Mapping[str, Any]) -> None:
+    """Poses and flicker, of the stages that were measured, and why the others were not."""
+    table = _table("stage", "PCK", "unsided", "flicker", "motion")
+    table.title = "means; flicker in levels of 255; motion over the truth's"
+    for stage in evidence["stages"]:
+        found = {**stage.get("pose", {}), **stage.get("flicker", {})}
+        cells = [found[name]["mean"] if name in found else None for name in ("pck", "pck_unsided", "flicker", "motion")]
+        if found:
+            table.add_row(stage["stage"], *("–" if cell is None else f"{cell:.3f}" for cell in cells))
+    if table.row_count:
+        console.print(table)
+    for name in ("pck", "flicker"):
+        if name in evidence["missing"]:
+            _say(f"{name} was not measured: {evidence['missing'][name]}")
 
 
 def _table(name: str, *figures: str) -> Table:

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from rpfm_edge import api, artifact, assets, metrics
+from rpfm_edge import api, artifact, assets
 from rpfm_edge.artifact import Artifact
 from rpfm_edge.bench import bench_backend
 from rpfm_edge.bundle import add_evidence
+from rpfm_edge.flicker import open_clips
 from rpfm_edge.image import save_png
 from rpfm_edge.metrics import Budget
 from rpfm_edge.pipeline import Pipeline
@@ -21,46 +22,25 @@ from rpfm_edge.recipe import Recipe
 from rpfm_edge.report import Evidence, write_report
 from rpfm_edge.splits import open_splits
 from rpfm_edge.validate import (
+    CLIPS,
     Pairs,
     bundle_images,
+    bundle_videos,
     circumstances,
     draw_pairs,
-    drift,
+    limited,
+    measure_stage,
+    missing_measures,
     plural,
     teacher_stages,
+    truth_stages,
 )
-
-STEPS = (1, 2, 4, 8)
 
 
 def held_out_pairs(recipe: Recipe, config: Mapping[str, Any]) -> Pairs:
     """The pairs that every figure of a recipe is measured on."""
     test = open_splits(recipe.data).test
     return draw_pairs(test, recipe.validate.pairs, tuple(config["size"]), config["latent_shape"], recipe.seed)
-
-
-def compare_steps(recipe: Recipe, teacher: str | Path, student: Path, out: Path) -> None:
-    """What distillation gained: teacher and student with 1, 2, 4 and 8 steps, both against the teacher's reference."""
-    from distill.reference import REFERENCE_SOLVER, REFERENCE_STEPS, student_images, teacher_images
-
-    config = artifact.load(student, "student").config
-    network = config["network"]
-    pairs = held_out_pairs(
-        recipe, {"size": config["size"], "latent_shape": [network["latent_channels"], *network["latent_size"]]}
-    )
-    reference = (REFERENCE_STEPS, REFERENCE_SOLVER)
-    inputs = (pairs.sources, pairs.skeletons, pairs.noise)
-    slow = teacher_images(teacher, *inputs, [reference, *((n, "euler") for n in STEPS)])
-    fast = student_images(student, *inputs, STEPS)
-    rows = [
-        {
-            "steps": n,
-            "teacher": metrics.compare(slow[reference], slow[n, "euler"]),
-            "student": metrics.compare(slow[reference], fast[n]),
-        }
-        for n in STEPS
-    ]
-    artifact.write_text(out, json.dumps({"steps": rows, "pairs": pairs.names, "seed": recipe.seed}, indent=1))
 
 
 def judge(recipe: Recipe, teacher: str | Path, student: str, bundles: Mapping[str, Path], out: Path) -> None:
@@ -71,20 +51,24 @@ def judge(recipe: Recipe, teacher: str | Path, student: str, bundles: Mapping[st
     own, targets = opened[recipe.quantize.precision], recipe.build.targets
     steps, judged = int(own.config["steps"]), f"{recipe.quantize.precision}, {targets[0]}"
     in_torch = f"student, {plural(steps)}"
-    pairs = held_out_pairs(recipe, own.config)
+    pairs, test = held_out_pairs(recipe, own.config), open_splits(recipe.data).test
+    clips = open_clips(test, CLIPS, tuple(own.config["size"]), own.config["latent_shape"], recipe.seed)
+    videos: dict[str, list[np.ndarray]] = {}
     made = {in_torch: student_images(student, pairs.sources, pairs.skeletons, pairs.noise, [steps])[steps]}
     for precision, bundle in opened.items():
         for backend in targets:
             made[f"{precision}, {backend}"] = bundle_images(bundle.path, backend, pairs)
+            videos[f"{precision}, {backend}"] = bundle_videos(bundle.path, backend, clips)
 
     reference, stages = teacher_stages(teacher, pairs, steps)
-    compared = {name: drift(images, reference, pairs.truths) for name, images in made.items()}
-    stages += [{"stage": name, **distances} for name, distances in compared.items()]
-    violations = Budget.from_dict(recipe.validate.budget, "the recipe").check(compared[judged]["against_teacher"])
+    measured = {n: measure_stage(images, reference, pairs, videos.get(n, ()), clips) for n, images in made.items()}
+    stages += [{"stage": name, **measures} for name, measures in measured.items()] + truth_stages(pairs, clips)
+    violations = Budget.from_dict(recipe.validate.budget, "the recipe").check(limited(measured[judged]))
     speed = measure_speed(recipe, list(opened.values()), pairs.sources[0])
     columns = {"source": pairs.sources, "pose": pairs.skeletons, "ground truth": pairs.truths, "teacher": reference}
     columns |= {name: made[name] for name in (in_torch, judged)}
-    quality = {**circumstances(pairs), "stages": stages, "violations": violations}
+    found = circumstances(pairs, clips, missing_measures(pairs, test, CLIPS))
+    quality = {**found, "stages": stages, "violations": violations}
     pictures = save_pictures(out.parent / "pictures", columns, recipe.validate.pictures)
     artifact.write_text(out, json.dumps({**quality, "speed": speed, "judged": judged, "pictures": pictures}, indent=1))
     add_evidence(own, "drift", quality)
@@ -129,11 +113,12 @@ def render_picture(recipe: Recipe, bundle: Path, out: Path) -> None:
 
 
 def write_page(
-    recipe: Recipe, path: Path, teacher: str | Path, student: str, distilled: Path | None, out: Path
+    recipe: Recipe, path: Path, teacher: str | Path, student: str, distilled: Mapping[str, Path], out: Path
 ) -> None:
     """``report.html`` and, with the same content, ``report.json``."""
     found = json.loads((out.parent / "evidence.json").read_text(encoding="utf-8"))
     gain = json.loads((out.parent / "gain.json").read_text(encoding="utf-8")) if distilled else None
+    frontier = out.parent / "frontier" / "frontier.json"
     bundle, targets = artifact.load(out.parent / "bundle", "bundle"), recipe.build.targets
     page: Evidence = {
         "title": "rpfm-edge report",
@@ -147,12 +132,9 @@ def write_page(
             "note": f"Medians over {len(found['pairs'])} held-out pairs, the same noise everywhere. "
             f"Reference: the teacher with {found['reference']['steps']} {found['reference']['solver']} steps.",
         },
-        "latency": [
-            {"call": call, "name": f"{s['backend']} {s['precision']}", "values_s": s[call]["values_s"]}
-            for s in found["speed"]
-            for call in ("prepare", "frame")
-        ],
+        "latency": latencies(found),
         "losses": losses(teacher, student, distilled),
+        "validation": validation_curves(teacher),
         "lineage": [
             {"stage": s.stage, "config": s.config, "tools": s.tools, "inputs": s.inputs} for s in bundle.lineage
         ],
@@ -160,14 +142,22 @@ def write_page(
             "commands": [f"rpfm-edge run {path}"],
             "counts": {"held-out pairs": len(found["pairs"]), "frames at least": recipe.bench.runs},
             "seeds": {"recipe": recipe.seed},
-            "notes": [
-                f"{d['backend']} {d['precision']}: {'stable' if d['frame']['stable'] else 'not stable'}"
-                for d in found["speed"]
-            ],
+            "notes": [*speed_notes(found), *truth_notes(gain)],
         },
     }
+    if recipe.frontier:
+        page["frontier"] = json.loads(frontier.read_text(encoding="utf-8"))
     write_report(out, page)
     artifact.write_text(out.with_suffix(".json"), json.dumps({**found, "gain": gain}, indent=1))
+
+
+def latencies(found: Mapping[str, Any]) -> list[Any]:
+    """The raw times of every engine, call by call."""
+    return [
+        {"call": call, "name": f"{s['backend']} {s['precision']}", "values_s": s[call]["values_s"]}
+        for s in found["speed"]
+        for call in ("prepare", "frame")
+    ]
 
 
 def headline(found: Mapping[str, Any], gain: Mapping[str, Any] | None) -> list[Any]:
@@ -180,10 +170,7 @@ def headline(found: Mapping[str, Any], gain: Mapping[str, Any] | None) -> list[A
         ("quality", "bundle against ground truth", psnr(judged["against_truth"]), "dB PSNR",
          f"teacher: {psnr(reference['against_truth']):.1f} dB"),
     ]  # fmt: skip
-    if gain:
-        one = gain["steps"][0]
-        note = f"before: {psnr(one['teacher']):.1f} dB"
-        rows.append(("quality", "1 step, distilled in this run", psnr(one["student"]), "dB PSNR", note))
+    rows += gain_figures(gain)
     for speed in found["speed"]:
         if speed["precision"] == found["judged"].split(",")[0]:
             frame, backend = speed["frame"], speed["backend"]
@@ -206,25 +193,69 @@ def picture_rows(found: Mapping[str, Any]) -> list[Any]:
     ]
 
 
-def gain_stages(gain: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """This run's distillation as stages of the drift table."""
+def gain_figures(gain: Mapping[str, Any] | None) -> list[tuple[str, str, float, str, str]]:
+    """Every student of this run at the fewest steps it is measured at."""
     if not gain:
         return []
-    stages = []
-    for row in gain["steps"]:
-        stages.append(
-            {"stage": f"teacher, {plural(row['steps'])}, before distillation", "against_teacher": row["teacher"]}
-        )
-        stages.append({"stage": f"distilled in this run, {plural(row['steps'])}", "against_teacher": row["student"]})
+    rows = []
+    for name, by_steps in gain["students"].items():
+        steps = min(by_steps, key=int)
+        before, after = (psnr(found[steps]["against_teacher"]) for found in (gain["teacher"], by_steps))
+        label = f"{name}, {plural(int(steps))}, distilled in this run"
+        rows.append(("quality", label, after, "dB PSNR", f"before: {before:.1f} dB"))
+    return rows
+
+
+def gain_stages(gain: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """This run's distillation as stages of the drift table: the teacher at few steps, then every student."""
+    if not gain:
+        return []
+    stages = [{"stage": f"teacher, {plural(int(n))}, before distillation", **d} for n, d in gain["teacher"].items()]
+    for name, by_steps in gain["students"].items():
+        stages += [{"stage": f"{name}, {plural(int(n))}, distilled in this run", **d} for n, d in by_steps.items()]
     return stages
 
 
-def losses(teacher: str | Path, student: str, distilled: Path | None) -> dict[str, Any]:
+def speed_notes(found: Mapping[str, Any]) -> list[str]:
+    """Whether the times of each backend settled."""
+    return [
+        f"{s['backend']} {s['precision']}: {'stable' if s['frame']['stable'] else 'not stable'}" for s in found["speed"]
+    ]
+
+
+def truth_notes(gain: Mapping[str, Any] | None) -> list[str]:
+    """What the students of this run lose against the ground truth, in words."""
+    titles = {"mse": "squared error", "flip": "FLIP", "lpips": "LPIPS"}
+    notes = []
+    for row in gain["truth"] if gain else ():
+        figures = []
+        for metric in (metric for metric in titles if metric in row):
+            interval = row[metric]["interval"]
+            spread = f" (95 %: {interval[0]:.3f} … {interval[1]:.3f})" if interval else ""
+            figures.append(f"{titles[metric]} {row[metric]['ratio']:.3f}{spread}")
+        goal = f"; no loss up to {row['target']:g}" if row["target"] else ""
+        where = f"{row['student']}, {plural(row['steps'])}, against the truth, in multiples of the teacher's"
+        notes.append(f"{where}: {', '.join(figures)}{goal}")
+    return notes
+
+
+def losses(teacher: str | Path, student: str, distilled: Mapping[str, Path]) -> dict[str, Any]:
     """Loss curves of the artifacts that keep one."""
     curves: dict[str, Any] = {}
-    for title, spec in {"teacher": teacher, "student": student, "distilled in this run": distilled}.items():
-        folder = assets.resolve(spec) if spec and (spec in assets.shipped() or Path(spec).exists()) else None
-        points = artifact.load(folder, verify=False).config.get("losses") if folder else None
-        if points:
+    made = {f"{name}, distilled in this run": path for name, path in distilled.items() if str(path) != student}
+    for title, spec in {"teacher": teacher, "student": student, **made}.items():
+        if points := _config(spec).get("losses"):
             curves[title] = [{"name": title, "steps": [p[0] for p in points], "values": [p[1] for p in points]}]
     return curves
+
+
+def validation_curves(teacher: str | Path) -> dict[str, Any]:
+    """The teacher's loss on held-out people, if it keeps one: whether more time would have helped."""
+    points = _config(teacher).get("validation")
+    return {"teacher": points} if points else {}
+
+
+def _config(spec: str | Path) -> Mapping[str, Any]:
+    """The config of an artifact; that of a factory is not known."""
+    known = str(spec) in assets.shipped() or Path(spec).exists()
+    return artifact.load(assets.resolve(spec), verify=False).config if known else {}

@@ -1,6 +1,7 @@
 """Plots as inline SVG that takes its colours from the page: ``currentColor`` for ink, ``var(--series-0)`` … for data.
 
-So one plot fits a light and a dark page. The page owns the fonts and these variables: ``--series-0`` to ``--series-5``.
+So one plot fits a light and a dark page. The page owns the fonts and these variables: ``--paper``, ``--series-0`` to
+``--series-5``. The frontier is also drawn as PNG, in the colours of a light page.
 """
 
 from __future__ import annotations
@@ -9,15 +10,26 @@ import html
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rpfm_edge.metrics import import_extra
 
+
+class _Palette(NamedTuple):
+    ink: str
+    paper: str
+    series: tuple[str, ...]
+
+
 # Colours that stand for a variable until the SVG is written; matplotlib knows only real ones.
-_INK = "#01fe00"
-_SERIES = tuple(f"#01fe1{k}" for k in range(6))
+_PAGE = _Palette("#01fe00", "#01fe01", tuple(f"#01fe1{k}" for k in range(6)))
+_SERIES = _PAGE.series
+# The light page of templates/report.html.j2, for a PNG.
+_LIGHT = _Palette("#1b1f24", "#ffffff", ("#1f6feb", "#c2410c", "#15803d", "#9333ea", "#a16207", "#0e7490"))
+_MARKERS = ("o", "s", "D", "^", "v")  # with room for a digit
 _MAX_POINTS = 400  # per curve: more cannot be seen, and they bloat the page
 
 
@@ -47,7 +59,7 @@ def histogram(label: str, times_s: Mapping[str, Sequence[float]]) -> str:
         axes.set_ylabel("% of runs")
         axes.set_ylim(bottom=0)
 
-    return _svg(label, draw, len(times_ms))
+    return _svg(label, draw, min(len(times_ms), 2))
 
 
 def loss_plot(label: str, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> str:
@@ -66,7 +78,79 @@ def loss_plot(label: str, curves: Mapping[str, tuple[Sequence[float], Sequence[f
         axes.set_xlabel("step")
         axes.set_ylabel("loss")
 
-    return _svg(label, draw, len(series))
+    return _svg(label, draw, min(len(series), 2))
+
+
+def validation_plot(label: str, points: Sequence[Sequence[float]]) -> str:
+    """Losses on held-out data over training time, from (elapsed s, step, loss); a dashed line marks the lowest."""
+    seconds, _, losses = np.asarray(points, np.float64).T
+    unit, name = next((u, n) for u, n in ((3600, "h"), (60, "min"), (1, "s")) if seconds.max() >= 3 * u or u == 1)
+
+    def draw(axes: Any) -> None:
+        axes.plot(seconds / unit, losses, linewidth=1.6, marker="o", markersize=3, color=_SERIES[0], label="held out")
+        if np.isfinite(losses).any():
+            axes.axhline(np.nanmin(losses), linestyle="--", linewidth=1, color=_SERIES[0])
+        if (losses[np.isfinite(losses)] > 0).all():
+            _log_axis(axes, "y")
+        axes.set_xlabel(f"trained for ({name})")
+        axes.set_ylabel("loss")
+
+    return _svg(label, draw, 1)
+
+
+class Point(NamedTuple):
+    """An engine of the frontier. ``best``: no other is both faster and closer to the teacher."""
+
+    fps: float
+    psnr_db: float
+    backend: str
+    precision: str
+    steps: int
+    best: bool
+
+
+def frontier_plot(label: str, found: Sequence[Point]) -> str:
+    """Frames per second against PSNR to the teacher: colour is the backend, shape the precision, number the steps.
+
+    The line joins the points that are ``best``.
+    """
+    return _svg(label, lambda axes: _frontier(axes, found, _PAGE), max(map(len, _kinds(found))), (6.4, 4.2))
+
+
+def frontier_png(found: Sequence[Point]) -> bytes:
+    """``frontier_plot`` as PNG."""
+    columns, save = max(map(len, _kinds(found))), {"format": "png", "dpi": 160}
+    return _drawn(lambda axes: _frontier(axes, found, _LIGHT), columns, (6.4, 4.2), _LIGHT, save)
+
+
+def _kinds(found: Sequence[Point]) -> tuple[list[str], list[str]]:
+    """The backends and the precisions, in the order in which they come."""
+    return list(dict.fromkeys(p.backend for p in found)), list(dict.fromkeys(p.precision for p in found))
+
+
+def _frontier(axes: Any, found: Sequence[Point], palette: _Palette) -> None:
+    backends, precisions = _kinds(found)
+    colours = {name: palette.series[k % len(palette.series)] for k, name in enumerate(backends)}
+    markers = {name: _MARKERS[k % len(_MARKERS)] for k, name in enumerate(precisions)}
+    best = sorted((p.fps, p.psnr_db) for p in found if p.best)
+    axes.plot(*zip(*best, strict=True), color=palette.ink, linewidth=1, alpha=0.5, zorder=1)
+    text = {"color": palette.paper, "fontsize": 7, "fontweight": "bold", "ha": "center", "va": "center_baseline"}
+    for order, point in enumerate(found, 2):  # a mark and its number lie above those of the points before
+        place, style = (point.fps, point.psnr_db), {"marker": markers[point.precision], "zorder": order}
+        axes.scatter(*place, s=110, linewidths=0.8, edgecolors=palette.paper, color=colours[point.backend], **style)
+        axes.annotate(str(point.steps), place, zorder=order, **text)
+    _frontier_legend(axes, colours, markers, palette.ink)
+    _log_axis(axes, "x")
+    axes.set_xlabel("frames per second (in the marks: steps)")
+    axes.set_ylabel("PSNR to the teacher (dB)")
+
+
+def _frontier_legend(axes: Any, colours: Mapping[str, str], markers: Mapping[str, str], ink: str) -> None:
+    """Backends in the first row, precisions in the second; a legend is filled by columns."""
+    for backend, precision in zip_longest(colours, markers):
+        axes.scatter([], [], s=50, color=colours.get(backend, "none"), label=backend or " ")
+        look = {"marker": markers.get(precision), "edgecolors": ink if precision else "none"}
+        axes.scatter([], [], s=50, facecolors="none", label=(precision or " ").upper(), **look)
 
 
 def smoothed(values: np.ndarray, share: float = 0.05) -> np.ndarray:
@@ -98,12 +182,25 @@ def _log_axis(axes: Any, which: str) -> None:
     axis.set_minor_formatter(ticker.NullFormatter())
 
 
-def _svg(label: str, draw: Callable[[Any], None], names: int) -> str:
+def _svg(label: str, draw: Callable[[Any], None], columns: int, size: tuple[float, float] = (5.4, 3.0)) -> str:
+    salt = {"svg.hashsalt": label}  # ids stay the same from run to run, and differ from plot to plot
+    svg = _drawn(draw, columns, size, _PAGE, {"format": "svg", "transparent": True, "metadata": {"Date": None}}, salt)
+    return _inline(svg.decode(), label)
+
+
+def _drawn(
+    draw: Callable[[Any], None],
+    columns: int,
+    size: tuple[float, float],
+    palette: _Palette,
+    save: Mapping[str, Any],
+    settings: Mapping[str, Any] | None = None,
+) -> bytes:
+    """A plot of ``size`` inches as a file; ``columns`` of the legend, ``save`` are options of matplotlib's savefig."""
     matplotlib = import_extra("matplotlib", "validate")
     figure_module = import_extra("matplotlib.figure", "validate")
     style = {
         "svg.fonttype": "none",
-        "svg.hashsalt": label,  # ids stay the same from run to run, and differ from plot to plot
         "text.parse_math": False,  # a dollar in a name is a dollar
         "font.size": 10,
         "axes.spines.top": False,
@@ -111,18 +208,19 @@ def _svg(label: str, draw: Callable[[Any], None], names: int) -> str:
         "axes.grid": True,
         "grid.alpha": 0.15,
         "axes.axisbelow": True,
-        **{f"{part}.color": _INK for part in ("text", "xtick", "ytick", "grid")},
-        "axes.edgecolor": _INK,
-        "axes.labelcolor": _INK,
+        **{f"{part}.color": palette.ink for part in ("text", "xtick", "ytick", "grid")},
+        "axes.edgecolor": palette.ink,
+        "axes.labelcolor": palette.ink,
+        **(settings or {}),
     }
     with matplotlib.rc_context(style):
-        figure = figure_module.Figure(figsize=(5.4, 3.0), layout="constrained")
+        figure = figure_module.Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         draw(axes)
-        figure.legend(loc="outside upper left", ncols=min(names, 2), frameon=False)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _inline(buffer.getvalue(), label)
+        figure.legend(loc="outside upper left", ncols=columns, frameon=False)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, **save)
+    return buffer.getvalue()
 
 
 def _inline(svg: str, label: str) -> str:
@@ -132,7 +230,8 @@ def _inline(svg: str, label: str) -> str:
     view = re.search(r'viewBox="([^"]*)"', head)
     used = set(re.findall(r"#([\w-]+)", rest))
     rest = re.sub(r' id="([^"]*)"', lambda match: match.group(0) if match.group(1) in used else "", rest)
-    for colour, value in ((_INK, "currentColor"), *((c, f"var(--series-{k})") for k, c in enumerate(_SERIES))):
+    named = {_PAGE.ink: "currentColor", _PAGE.paper: "var(--paper)"}
+    for colour, value in (named | {colour: f"var(--series-{k})" for k, colour in enumerate(_SERIES)}).items():
         rest = rest.replace(colour, value)
     viewbox = view.group(1) if view else "0 0 388.8 216"
     return f'<svg viewBox="{viewbox}" role="img" aria-label="{html.escape(label, quote=True)}">{rest}'

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from rpfm_edge.errors import ConfigError
+from rpfm_edge import artifact, assets
+from rpfm_edge.errors import ArtifactError, ConfigError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -28,36 +30,54 @@ class TeacherTable:
 
     artifact: str | None = None
     preset: str = "xs"
+    size: tuple[int, int] = (256, 176)
     autoencoder: str = "small"
     autoencoder_seconds: float = 780.0
+    autoencoder_batch: int = 8
     seconds: float = 3300.0
+    lr: float = 1e-3
+    ema: float = 0.999
+    sources: int = 4
+    targets_per_source: int = 8
     guidance_scale: float = 1.5
     guidance_schedule: Literal["constant", "power-cosine", "interval"] = "constant"
+    compile: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StoreTable:
+    """The teacher's paths that all students of a recipe are distilled from; ``seconds`` bounds the solving."""
+
+    trajectories: int = 2048
+    seconds: float | None = None
+    targets_per_source: int = 8
 
 
 @dataclass(frozen=True, slots=True)
 class DistillTable:
-    """How the student is distilled; ``skip`` leaves the stage out (then [student] must name an artifact).
+    """One student. ``name``: the method if left out. ``init``: an earlier student's name, or a student artifact, to
+    start from instead of the teacher. ``preset``: the architecture, where the teacher is no RPFM network."""
 
-    ``preset``: the student's architecture, where the teacher is no RPFM network."""
-
-    skip: bool = False
+    name: str | None = None
     method: Literal["reflow", "flowmap", "endpoint"] = "flowmap"
     steps: int = 4
-    trajectories: int = 2048
-    store_seconds: float | None = None
     seconds: float = 600.0
     lr: float = 5e-4
     batch: int = 64
-    targets_per_source: int = 8
+    init: str | None = None
     preset: str | None = None
+    perceptual_weight: float | None = None
+    compile: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class StudentTable:
-    """``artifact``: build from this student instead of the distilled one. ``steps``: unrolled steps of the frame."""
+    """What goes on to graphs and bundles: the distilled student ``from`` (the last one if left out), or ``artifact``.
+
+    ``steps``: unrolled steps of the frame."""
 
     artifact: str | None = None
+    from_: str | None = None
     steps: int | None = None
 
 
@@ -106,6 +126,16 @@ class RenderTable:
 
 
 @dataclass(frozen=True, slots=True)
+class FrontierTable:
+    """Quality against speed of the student that goes on, for every combination of steps, precision and target."""
+
+    steps: tuple[int, ...] = (1, 2, 4, 8)
+    precisions: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+    pairs: int = 48
+    samples: int = 64
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """The whole chain. ``out`` and files are relative to the working directory; ``data`` may be ``sample``."""
 
@@ -113,23 +143,87 @@ class Recipe:
     data: str = "sample"
     seed: int = 0
     teacher: TeacherTable = field(default_factory=TeacherTable)
-    distill: DistillTable = field(default_factory=DistillTable)
+    store: StoreTable = field(default_factory=StoreTable)
+    distill: tuple[DistillTable, ...] = ()
     student: StudentTable = field(default_factory=StudentTable)
     quantize: QuantizeTable = field(default_factory=QuantizeTable)
     build: BuildTable = field(default_factory=BuildTable)
     validate: ValidateTable = field(default_factory=ValidateTable)
     bench: BenchTable = field(default_factory=BenchTable)
     render: RenderTable = field(default_factory=RenderTable)
+    frontier: FrontierTable | None = None
+
+    @property
+    def students(self) -> dict[str, DistillTable]:
+        """Name → how it is distilled, in order."""
+        return {one.name or one.method: one for one in self.distill}
 
 
 def load_recipe(path: Path | str) -> Recipe:
-    """Read a recipe; raises ``ConfigError`` for a missing or broken file, an unknown key or a value of another type."""
-    recipe = parse(Recipe, read_toml(Path(path)), str(path))
-    if recipe.distill.skip and not recipe.student.artifact:
+    """Read a recipe.
+
+    Raises:
+        ConfigError: a missing or broken file, an unknown key, a value of another type, or a name of no student.
+        ArtifactError: a student that is given as an artifact and is none.
+    """
+    table = read_toml(Path(path))
+    if isinstance(table.get("distill"), Mapping):
         raise ConfigError(
-            f"{path} makes no student", expected="[distill], or [student] artifact", fix="add one of them"
+            f"{path}: [distill] is a single table",
+            expected="[[distill]], one for each student",
+            fix="write [[distill]], and its trajectories, store_seconds and targets_per_source as trajectories, "
+            "seconds and targets_per_source of [store]; to skip it, leave it out",
         )
+    recipe = parse(Recipe, table, str(path))
+    _check_names(recipe, str(path))
+    _check_student(recipe, str(path))
     return recipe
+
+
+def _check_names(recipe: Recipe, where: str) -> None:
+    """Every distilled student has a name of its own, and starts from one that is there by then."""
+    earlier: list[str] = []
+    for entry in recipe.distill:
+        name = entry.name or entry.method
+        if not re.fullmatch(r"[\w-]+", name) or name in earlier:
+            problem = "is there twice" if name in earlier else "cannot be a folder"
+            raise ConfigError(
+                f"{where} [[distill]]: name {name!r} {problem}",
+                expected="a name of its own, of letters, digits, - and _",
+                fix="give another name",
+            )
+        if entry.init is not None and entry.init not in earlier:
+            _check_init(entry.init, earlier, f"{where} [[distill]] {name}")
+        earlier.append(name)
+
+
+def _check_init(init: str, earlier: Sequence[str], where: str) -> None:
+    try:
+        artifact.load(assets.resolve(init), "student", verify=False)
+    except ArtifactError as error:
+        raise ConfigError(
+            f"{where}: init = {init!r} is no earlier student ({error.problem})",
+            expected=f"one of {list(earlier)}, or a student artifact",
+            fix="correct it, or move that student up",
+        ) from None
+
+
+def _check_student(recipe: Recipe, where: str) -> None:
+    """[student] names exactly one student that is there."""
+    chosen, names = recipe.student, list(recipe.students)
+    if chosen.artifact:
+        artifact.load(assets.resolve(chosen.artifact), "student", verify=False)
+    elif not names:
+        raise ConfigError(
+            f"{where} makes no student", expected="[[distill]], or [student] artifact", fix="add one of them"
+        )
+    if chosen.from_ is not None and (chosen.artifact or chosen.from_ not in names):
+        problem = "stands beside artifact" if chosen.artifact else "names no student"
+        raise ConfigError(
+            f"{where} [student]: from = {chosen.from_!r} {problem}",
+            expected=f"one of {names}, or artifact alone",
+            fix="correct it",
+        )
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -143,23 +237,33 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def parse(kind: type[T], table: Mapping[str, Any], where: str) -> T:
-    """Build the dataclass ``kind`` from a table: unknown keys, missing keys and wrong types are errors."""
-    hints, known = get_type_hints(kind), [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    """Build the dataclass ``kind`` from a table: unknown keys, missing keys and wrong types are errors.
+
+    A field ``from_`` is the key ``from``, which Python keeps for itself.
+    """
+    hints = {name.rstrip("_"): hint for name, hint in get_type_hints(kind).items()}
+    known = {f.name.rstrip("_"): f.name for f in fields(kind)}  # type: ignore[arg-type]
     for key in table:
         if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r}", expected=f"one of {known}", fix="check the spelling")
-    values = {}
-    for key, value in table.items():
-        hint = hints[key]
-        if is_dataclass(hint) and isinstance(value, Mapping):
-            values[key] = parse(hint, value, f"{where} [{key}]")  # type: ignore[arg-type]
-        else:
-            values[key] = _checked(hint, value, f"{where}: {key}")
+            names = list(known)
+            raise ConfigError(f"{where}: unknown key {key!r}", expected=f"one of {names}", fix="check the spelling")
+    values = {known[key]: _value(hints[key], value, where, key) for key, value in table.items()}
     try:
         return kind(**values)
     except TypeError:
-        missing = [f.name for f in fields(kind) if f.name not in values]  # type: ignore[arg-type]
+        missing = [key for key in known if key not in table]
         raise ConfigError(f"{where} lacks a key", expected=f"{missing[0]!r}", fix="add it") from None
+
+
+def _value(hint: Any, value: Any, where: str, key: str) -> Any:
+    """A value of a key: a table becomes its dataclass, an array of tables a tuple of them."""
+    inner = next((one for one in (hint, *get_args(hint)) if is_dataclass(one)), None)
+    if inner and get_origin(hint) is tuple and _fits(tuple[Mapping[str, Any], ...], value):
+        rows = enumerate(value, 1)
+        return tuple(parse(inner, row, f"{where} [[{key}]] {number}") for number, row in rows)  # type: ignore[arg-type]
+    if inner and get_origin(hint) is not tuple and isinstance(value, Mapping):
+        return parse(inner, value, f"{where} [{key}]")  # type: ignore[arg-type]
+    return _checked(hint, value, f"{where}: {key}")
 
 
 def _checked(hint: Any, value: Any, where: str) -> Any:

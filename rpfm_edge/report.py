@@ -10,19 +10,38 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from textwrap import indent
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import cv2
 import numpy as np
 
 from rpfm_edge.artifact import write_text
 from rpfm_edge.errors import ConfigError, InputError
+from rpfm_edge.frontier_table import COLUMNS, caption, lines, points
 from rpfm_edge.measure import Latency
 from rpfm_edge.metrics import METRICS, Summary, check_image, check_pair, import_extra
-from rpfm_edge.plots import histogram, loss_plot
+from rpfm_edge.plots import frontier_plot, histogram, loss_plot, validation_plot
 
 ERROR_SCALE = 64  # of 255: the mean absolute error over the channels that gets the brightest colour
 Picture = np.ndarray | str | Path  # uint8 (H, W, 3) RGB, or a PNG or JPEG file, relative to the folder of the page
+
+
+class Column(NamedTuple):
+    """A column of a drift table. ``higher_is_better``: None where the truth's own value is best."""
+
+    title: str
+    higher_is_better: bool | None
+    average: Literal["median", "mean"] = "median"
+
+
+DRIFT_COLUMNS = {name: Column(metric.title, metric.higher_is_better) for name, metric in METRICS.items()}
+MOTION_COLUMNS = {
+    "pck": Column("PCK", True, "mean"),  # most pictures have all joints right, so a median is soon 1
+    "pck_unsided": Column("unsided", True, "mean"),
+    "flicker": Column("Flicker", False, "mean"),
+    "motion": Column("Motion", None, "mean"),
+}
 
 
 class Figure(TypedDict):
@@ -44,11 +63,16 @@ class PictureRow(TypedDict, total=False):
 
 
 class DriftStage(TypedDict, total=False):
-    """A stage (``student, 2 steps``, ``int8``, …) against the teacher at the same noise, and the ground truth."""
+    """A stage (``student, 2 steps``, ``int8``, …) against the teacher at the same noise, and the ground truth.
+
+    ``pose`` (``pck``, ``pck_unsided``) and ``flicker`` (``flicker``, ``motion``) stand in a table of their own.
+    """
 
     stage: str
     against_teacher: Summary
     against_truth: Summary
+    pose: Summary
+    flicker: Summary
 
 
 class Drift(TypedDict, total=False):
@@ -95,7 +119,11 @@ class Method(TypedDict, total=False):
 
 
 class Evidence(TypedDict, total=False):
-    """What a report can show. ``machine`` is ``measure.where()``; ``losses`` are curves by the title of their plot."""
+    """What a report can show.
+
+    ``machine`` is ``measure.where()``; ``frontier`` is what ``frontier.measure_frontier`` returns. ``losses`` are
+    curves, and ``validation`` are points (elapsed s, step, loss on held-out data), by the title of their plot.
+    """
 
     title: str
     subtitle: str
@@ -103,8 +131,10 @@ class Evidence(TypedDict, total=False):
     headline: Sequence[Figure]
     pictures: Sequence[PictureRow]
     drift: Drift
+    frontier: Mapping[str, Any]
     latency: Sequence[Times]
     losses: Mapping[str, Sequence[Curve]]
+    validation: Mapping[str, Sequence[Sequence[float]]]
     lineage: Sequence[StageRecord]
     method: Method
 
@@ -123,6 +153,23 @@ def write_report(path_html: Path, evidence: Evidence) -> None:
             expected=f"some of {list(Evidence.__annotations__)}",
             fix="check the spelling",
         )
+    template, safe = _template()
+    page = template.render(
+        evidence=evidence,
+        machine=_machine(evidence.get("machine", {})),
+        rows=[_picture_row(row, path_html.parent) for row in evidence.get("pictures", ())],
+        error_scale=ERROR_SCALE,
+        error_bar=_data_uri(_colour(np.arange(256, dtype=np.uint8)[None])),
+        drift=_drift_tables(evidence.get("drift", {})),
+        frontier=_frontier(evidence.get("frontier"), safe),
+        latency=_latency_groups(evidence.get("latency", ()), safe),
+        training=_training(evidence.get("losses", {}), evidence.get("validation", {}), safe),
+    )
+    write_text(path_html, page)
+
+
+def _template() -> tuple[Any, type[str]]:
+    """The page, and the type of text that it takes as markup: the plots, which are made here; all else is escaped."""
     jinja2 = import_extra("jinja2", "validate")
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.ChainableUndefined
@@ -132,19 +179,8 @@ def write_report(path_html: Path, evidence: Evidence) -> None:
         "ms": lambda seconds: format_number(seconds * 1e3),
         "plain": _plain,
     }
-    template = Path(__file__).with_name("templates").joinpath("report.html.j2").read_text(encoding="utf-8")
-    safe = jinja2.utils.markupsafe.Markup  # the plots are markup that was made here, all else is escaped
-    page = environment.from_string(template).render(
-        evidence=evidence,
-        machine=_machine(evidence.get("machine", {})),
-        rows=[_picture_row(row, path_html.parent) for row in evidence.get("pictures", ())],
-        error_scale=ERROR_SCALE,
-        error_bar=_data_uri(_colour(np.arange(256, dtype=np.uint8)[None])),
-        drift=_drift_tables(evidence.get("drift", {})),
-        latency=_latency_groups(evidence.get("latency", ()), safe),
-        losses=[(title, safe(_losses(title, curves))) for title, curves in evidence.get("losses", {}).items()],
-    )
-    write_text(path_html, page)
+    text = Path(__file__).with_name("templates").joinpath("report.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(text), jinja2.utils.markupsafe.Markup
 
 
 def format_number(value: float | str | None) -> str:
@@ -202,7 +238,15 @@ def contact_sheet(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str]) -
 
 
 def _plain(value: Any) -> str:
+    """Words as they are, a table as a line for each key, what is inside it indented, and anything else as JSON."""
+    if isinstance(value, Mapping) and value:
+        return "\n".join(_entry(str(key), entry) for key, entry in value.items())
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _entry(key: str, value: Any) -> str:
+    text = _plain(value)
+    return f"{key}:\n{indent(text, '  ')}" if isinstance(value, Mapping) and value else f"{key}: {text}"
 
 
 def _machine(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -254,29 +298,34 @@ def _pixels(picture: Picture, folder: Path) -> np.ndarray:
 
 
 def _drift_tables(drift: Drift) -> list[dict[str, Any]]:
-    """One table per reference."""
+    """One table per reference, and one of poses and flicker."""
     stages = drift.get("stages", ())
-    teacher = [(stage["stage"], stage["against_teacher"]) for stage in stages if "against_teacher" in stage]
-    truth = [(stage["stage"], stage["against_truth"]) for stage in stages if "against_truth" in stage]
-    references = (("the teacher, same noise", teacher), ("the ground truth", truth))
-    return [_drift_table(reference, found) for reference, found in references if found]
-
-
-def _drift_table(reference: str, stages: Sequence[tuple[str, Summary]]) -> dict[str, Any]:
-    """Metrics as columns, and per stage the median and the worse tail of each."""
-    names = [name for name in METRICS if any(name in summary for _, summary in stages)]
-    rows = [
-        (stage, [_cell(summary.get(name), METRICS[name].higher_is_better) for name in names])
-        for stage, summary in stages
+    teacher = [(stage["stage"], stage.get("against_teacher", {})) for stage in stages]
+    truth = [(stage["stage"], stage.get("against_truth", {})) for stage in stages]
+    motion = [(stage["stage"], {**stage.get("pose", {}), **stage.get("flicker", {})}) for stage in stages]
+    return [
+        _drift_table(title, [(stage, summary) for stage, summary in found if summary], columns)
+        for title, found, columns in (
+            ("Against the teacher, same noise", teacher, DRIFT_COLUMNS),
+            ("Against the ground truth", truth, DRIFT_COLUMNS),
+            ("Poses and flicker", motion, MOTION_COLUMNS),
+        )
+        if any(summary for _, summary in found)
     ]
-    return {"reference": reference, "columns": [METRICS[name] for name in names], "rows": rows}
 
 
-def _cell(statistics: Mapping[str, Any] | None, higher_is_better: bool) -> dict[str, Any]:
+def _drift_table(title: str, stages: Sequence[tuple[str, Summary]], columns: Mapping[str, Column]) -> dict[str, Any]:
+    """Metrics as columns, and per stage the average and the worse tail of each."""
+    shown = {name: column for name, column in columns.items() if any(name in summary for _, summary in stages)}
+    rows = [(stage, [_cell(summary.get(name), column) for name, column in shown.items()]) for stage, summary in stages]
+    return {"title": title, "columns": list(shown.values()), "rows": rows, "motion": columns is MOTION_COLUMNS}
+
+
+def _cell(statistics: Mapping[str, Any] | None, column: Column) -> dict[str, Any]:
     if statistics is None:
-        return {"median": None, "tail": None, "count": 0}
-    tail = statistics["p05" if higher_is_better else "p95"]
-    return {"median": statistics["median"], "tail": tail, "count": len(statistics["values"])}
+        return {"average": None, "tail": None, "count": 0}
+    tail = {True: statistics["p05"], False: statistics["p95"], None: None}[column.higher_is_better]
+    return {"average": statistics[column.average], "tail": tail, "count": len(statistics["values"])}
 
 
 def _latency_groups(entries: Sequence[Times], safe: type[str]) -> list[dict[str, Any]]:
@@ -294,5 +343,23 @@ def _latency_groups(entries: Sequence[Times], safe: type[str]) -> list[dict[str,
     ]
 
 
-def _losses(title: str, curves: Sequence[Curve]) -> str:
-    return loss_plot(f"loss curves: {title}", {curve["name"]: (curve["steps"], curve["values"]) for curve in curves})
+def _frontier(result: Mapping[str, Any] | None, safe: type[str]) -> dict[str, Any] | None:
+    """The plot and the table of a measured frontier."""
+    if not result:
+        return None
+    plot = safe(frontier_plot("quality against speed", points(result["rows"])))
+    return {"plot": plot, "columns": COLUMNS, "lines": lines(result["rows"]), "caption": caption(result)}
+
+
+def _training(
+    losses: Mapping[str, Sequence[Curve]], validation: Mapping[str, Sequence[Sequence[float]]], safe: type[str]
+) -> list[tuple[str, str]]:
+    """Title and plot: the losses of a training, and beside them its validation curve."""
+    figures = []
+    for title in dict.fromkeys((*losses, *validation)):
+        if title in losses:
+            curves = {curve["name"]: (curve["steps"], curve["values"]) for curve in losses[title]}
+            figures.append((title, safe(loss_plot(f"loss curves: {title}", curves))))
+        if validation.get(title):
+            figures.append((f"{title}: validation", safe(validation_plot(f"validation: {title}", validation[title]))))
+    return figures

@@ -3,75 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from rpfm_edge import api, artifact, assets
-from rpfm_edge.artifact import file_digest, json_digest, tool_versions, write_text
-from rpfm_edge.errors import ArtifactError
-from rpfm_edge.evidence import compare_steps, judge, render_picture, write_page
+from rpfm_edge import api
+from rpfm_edge.artifact import json_digest
+from rpfm_edge.evidence import judge, render_picture, write_page
+from rpfm_edge.gain import GainConfig, measure_gain
 from rpfm_edge.recipe import Recipe, load_recipe
-
-console = Console(stderr=True)
-LIBRARIES = ("torch", "onnx", "onnxsim", "onnxruntime", "nncf", "openvino")
-
-
-@dataclass(frozen=True, slots=True)
-class Stages:
-    """Where results and their records lie; ``once`` is the whole of the resuming."""
-
-    folder: Path
-
-    def once(
-        self, name: str, config: Any, inputs: Mapping[str, str | Path], out: Path, make: Callable[[], Any]
-    ) -> tuple[Path, bool]:
-        """Run ``make``, which writes ``out``, unless the record says that this very thing was made.
-
-        Returns ``out`` and whether it is fresh.
-        """
-        record = self.folder / "stages" / f"{name}.json"
-        key = json_digest(
-            {
-                "config": config,
-                "tools": tool_versions(*LIBRARIES),
-                "inputs": {k: identity(v) for k, v in inputs.items()},
-            }
-        )
-        if _recorded(record) == {"key": key, "digest": identity(out)}:
-            console.print(f"[dim]{name}: unchanged[/dim]")
-            return out, False
-        console.print(f"[bold]{name}[/bold]")
-        begun = self.folder / "stages" / f"{name}.begun.json"
-        if _recorded(begun) != {"key": key}:  # unfinished work of another config must not be continued
-            shutil.rmtree(out.with_name(out.name + ".work"), ignore_errors=True)
-            write_text(begun, json.dumps({"key": key}))
-        make()
-        write_text(record, json.dumps({"key": key, "digest": identity(out)}))
-        return out, True
-
-
-def identity(thing: str | Path) -> str:
-    """The digest of an artifact or a file; other strings (factories, data set names) stand for themselves."""
-    path = Path(thing)
-    try:
-        folder = assets.resolve(thing)
-        if (folder / artifact.MANIFEST).is_file():
-            return artifact.load(folder, verify=False).digest
-    except ArtifactError:
-        pass
-    return file_digest(path) if path.is_file() else str(thing)
-
-
-def _recorded(record: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads(record.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
+from rpfm_edge.stages import Stages, identity
 
 
 def run_recipe(path: Path) -> dict[str, Any]:
@@ -81,32 +24,25 @@ def run_recipe(path: Path) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     stages = Stages(out)
     teacher = _teacher(recipe, stages)
-    distilled = _distill(recipe, stages, teacher)
-    student = recipe.student.artifact or str(distilled)
+    students = _students(recipe, stages, teacher)
+    _gain(recipe, stages, teacher, students)
+    student = recipe.student.artifact or str(students[recipe.student.from_ or list(students)[-1]])
     graphs = _quantize(recipe, stages, student)
     bundles = {precision: _build(recipe, stages, precision, graph) for precision, graph in graphs.items()}
+    _frontier(recipe, stages, teacher, student)
 
     evidence, config = out / "evidence.json", asdict(recipe)
     inputs: dict[str, str | Path] = {"teacher": teacher, "student": student, **bundles}
-    if distilled:
-        inputs["distilled"] = distilled
-        measured = {k: config[k] for k in ("data", "seed", "validate")}
-        stages.once(
-            "gain",
-            measured,
-            {"teacher": teacher, "distilled": distilled},
-            out / "gain.json",
-            lambda: compare_steps(recipe, teacher, distilled, out / "gain.json"),
-        )
     judged = {k: config[k] for k in ("data", "seed", "validate", "bench", "quantize")}
     stages.once("evidence", judged, inputs, evidence, lambda: judge(recipe, teacher, student, bundles, evidence))
 
     picture, bundle = out / "render.png", out / "bundle"
     shown = {"bundle": bundle, "data": recipe.data} | {k: v for k, v in config["render"].items() if v}
     stages.once("render", config["render"], shown, picture, lambda: render_picture(recipe, bundle, picture))
-    sources: dict[str, str | Path] = {"evidence": evidence, "picture": picture, "gain": out / "gain.json"}
+    sources: dict[str, str | Path] = {"evidence": evidence, "picture": picture}
+    sources |= {"gain": out / "gain.json", "frontier": out / "frontier" / "frontier.json"}
     page = out / "report.html"
-    stages.once("report", config, sources, page, lambda: write_page(recipe, path, teacher, student, distilled, page))
+    stages.once("report", config, sources, page, lambda: write_page(recipe, path, teacher, student, students, page))
     found = json.loads(evidence.read_text(encoding="utf-8"))
     return {
         "bundle": str(bundle),
@@ -121,30 +57,42 @@ def _teacher(recipe: Recipe, stages: Stages) -> str | Path:
     if recipe.teacher.artifact:
         return recipe.teacher.artifact
     fields = {k: v for k, v in asdict(recipe.teacher).items() if k not in ("artifact", "preset")}
-    out = stages.folder / "teacher"
+    out, cache = stages.folder / "teacher", str(stages.folder / "cache")
     stages.once(
         "teacher",
         [asdict(recipe.teacher), recipe.seed],
         {"data": recipe.data},
         out,
-        lambda: api.train(recipe.teacher.preset, recipe.data, out, seed=recipe.seed, **fields),
+        lambda: api.train(recipe.teacher.preset, recipe.data, out, seed=recipe.seed, cache=cache, **fields),
+        tools=(),
     )
     return out
 
 
-def _distill(recipe: Recipe, stages: Stages, teacher: str | Path) -> Path | None:
-    if recipe.distill.skip:
-        return None
-    fields = {k: v for k, v in asdict(recipe.distill).items() if k != "skip"}
-    out = stages.folder / "student"
-    stages.once(
-        "distill",
-        [fields, recipe.seed],
-        {"teacher": teacher, "data": recipe.data},
-        out,
-        lambda: api.distill(teacher, recipe.data, out, seed=recipe.seed, **fields),
-    )
-    return out
+def _students(recipe: Recipe, stages: Stages, teacher: str | Path) -> dict[str, Path]:
+    """Name → student, each distilled from the one store of the recipe."""
+    made: dict[str, Path] = {}
+    if not recipe.distill:
+        return made
+    folder, store = stages.folder, asdict(recipe.store)
+    paths = [identity(teacher), identity(recipe.data), recipe.seed, recipe.store.targets_per_source]
+    shared = {
+        "store": str(stages.keep("store", json_digest(paths), folder / "store")),
+        "cache": str(folder / "cache"),
+        "trajectories": recipe.store.trajectories,
+        "store_seconds": recipe.store.seconds,
+        "targets_per_source": recipe.store.targets_per_source,
+    }
+    for name, table in recipe.students.items():
+        fields = {k: v for k, v in asdict(table).items() if k not in ("name", "init")}
+        init = made.get(table.init, table.init) if table.init else None
+        inputs = {"teacher": teacher, "data": recipe.data, **({"init": init} if init else {})}
+        out = folder / "students" / name
+        fields |= {"init": str(init) if init else None, **shared}
+        distill = partial(api.distill, teacher, recipe.data, out, seed=recipe.seed, **fields)
+        made[name] = out
+        stages.once(f"distill-{name}", [asdict(table), store, recipe.seed], inputs, out, distill, tools=())
+    return made
 
 
 def _quantize(recipe: Recipe, stages: Stages, student: str) -> dict[str, Path]:
@@ -180,3 +128,34 @@ def _build(recipe: Recipe, stages: Stages, precision: str, graph: Path) -> Path:
         f"build-{precision}", [targets, options], {"graph": graph}, out, lambda: api.build(graph, out, targets, options)
     )
     return out
+
+
+def _gain(recipe: Recipe, stages: Stages, teacher: str | Path, students: Mapping[str, Path]) -> None:
+    """``gain.json``: what the students distilled here gained and lost."""
+    if not students:
+        return
+    out, config = stages.folder / "gain.json", GainConfig(pairs=recipe.validate.pairs, seed=recipe.seed)
+    stages.once(
+        "gain",
+        [asdict(config), recipe.data],
+        {"teacher": teacher, **students},
+        out,
+        lambda: measure_gain(teacher, students, recipe.data, out, config),
+    )
+
+
+def _frontier(recipe: Recipe, stages: Stages, teacher: str | Path, student: str) -> None:
+    """``frontier/``: quality against speed, where the recipe asks for it."""
+    if recipe.frontier is None:
+        return
+    from rpfm_edge.frontier import measure_frontier
+
+    out, bench = stages.folder / "frontier", asdict(recipe.bench)
+    config = {**asdict(recipe.frontier), "backends": recipe.build.targets, "seed": recipe.seed, **bench}
+    stages.once(
+        "frontier",
+        [config, recipe.data],
+        {"teacher": teacher, "student": student},
+        out / "frontier.json",
+        lambda: measure_frontier(student, teacher, recipe.data, out, **config),
+    )

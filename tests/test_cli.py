@@ -273,14 +273,14 @@ def test_noise_of_another_shape(made: dict[str, Path], shape: tuple[int, ...]) -
 
 def test_a_recipe_with_an_unknown_key(call: Call, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(f"out = '{tmp_path / 'run'}'\n[distill]\nstepps = 4\n")
-    is_fault(call("run", recipe), "recipe.toml [distill]", "'stepps'", "check the spelling")
+    recipe.write_text(f"out = '{tmp_path / 'run'}'\n[[distill]]\nstepps = 4\n")
+    is_fault(call("run", recipe), "recipe.toml [[distill]] 1", "'stepps'", "check the spelling")
     assert list(contents(tmp_path)) == ["recipe.toml"]
     is_fault(call("run", tmp_path / "absent.toml"), "absent.toml")
 
 
 def test_an_unknown_backend(call: Call, made: dict[str, Path], tmp_path: Path) -> None:
-    known = "['onnxruntime', 'openvino', 'torch']"
+    known = "['onnxruntime', 'openvino', 'tensorrt', 'torch', 'torch-tensorrt']"
     is_fault(render(call, made, tmp_path / "out.png", backend="tensorflow"), "'tensorflow'", known)
     is_fault(call("bench", made["bundle"], "--backend", "tensorflow"), "'tensorflow'", known)
     is_fault(call("build", made["graph"], "--target", "tensorflow", "--out", tmp_path / "b"), "'tensorflow'", known)
@@ -376,7 +376,7 @@ def test_a_command_line_that_cannot_be_parsed(arguments: list[str]) -> None:
 
 def test_help_names_every_command() -> None:
     text = CliRunner().invoke(cli.app, ["--help"]).stdout
-    commands = "doctor train distill quantize build validate bench render inspect run"
+    commands = "doctor train distill quantize build validate bench render inspect frontier run"
     assert all(f" {command} " in text for command in commands.split())
 
 
@@ -573,7 +573,7 @@ def test_run_as_json_and_over_the_budget(call: Call, made: dict[str, Path], tmp_
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
         f"out = '{tmp_path / 'run'}'\nteacher.artifact = '{made['teacher']}'\nstudent.artifact = '{made['student']}'\n"
-        "distill.skip = true\nquantize = {precision = 'fp32', also = []}\nbuild.targets = ['onnxruntime']\n"
+        "quantize = {precision = 'fp32', also = []}\nbuild.targets = ['onnxruntime']\n"
         "bench = {runs = 2, seconds = 0.01}\nvalidate = {pairs = 2, pictures = 1, budget = {ssim_min = 1.0}}\n"
     )
     ended = call("run", recipe, "--json")

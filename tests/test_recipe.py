@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -13,22 +14,25 @@ import cv2
 import pytest
 
 from rpfm_edge import api, artifact, run
-from rpfm_edge.errors import ConfigError
-from rpfm_edge.recipe import Recipe, load_recipe, parse
+from rpfm_edge.errors import ArtifactError, ConfigError
+from rpfm_edge.recipe import DistillTable, Recipe, load_recipe, parse
 from runtimes import ort
 from tests.toy import make_teacher
 
+RECIPES = Path(__file__).parent.parent / "recipes"
+TWO = "out = 'x'\n[[distill]]\nname = 'a'\n[[distill]]\nname = 'b'\n"
 RECIPE = """
 out = "run"
 [teacher]
 artifact = "teacher"
-[distill]
-steps = 1
+[store]
 trajectories = 16
+targets_per_source = 4
+[[distill]]
+steps = 1
 seconds = 0.3
 lr = {lr}
 batch = 8
-targets_per_source = 4
 [quantize]
 precision = "fp32"
 also = []
@@ -47,18 +51,34 @@ seconds = 0.01
 def test_defaults_fill_what_is_left_out(tmp_path: Path) -> None:
     file = tmp_path / "recipe.toml"
     file.write_text(
-        'out = "here"\n[distill]\nseconds = 5\n[build]\ntargets = ["onnxruntime"]\nopenvino.device = "CPU"\n'
+        'out = "here"\n[[distill]]\nseconds = 5\n[build]\ntargets = ["onnxruntime"]\nopenvino.device = "CPU"\n'
     )
     recipe = load_recipe(file)
     assert (recipe.out, recipe.data, recipe.teacher.preset, recipe.student.steps) == ("here", "sample", "xs", None)
-    assert recipe.distill.seconds == 5
+    assert recipe.students == {"flowmap": DistillTable(seconds=5)}
+    assert recipe.frontier is None
     assert recipe.build.targets == ("onnxruntime",)
     assert recipe.build.openvino == {"device": "CPU"}
 
 
-@pytest.mark.parametrize("name", ["demo.toml", "xs.toml"])
-def test_the_recipes_that_come_with_the_kit_are_valid(name: str) -> None:
-    assert load_recipe(Path(__file__).parent.parent / "recipes" / name).out.startswith("runs/")
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.toml")), ids=lambda file: file.name)
+def test_the_recipes_that_come_with_the_kit_are_valid(file: Path) -> None:
+    recipe = load_recipe(file)
+    assert recipe.out == f"runs/{file.stem}"
+    for table in recipe.students.values():
+        assert table.batch % recipe.store.targets_per_source == 0  # or a part of the batch would be left out
+
+
+@pytest.mark.parametrize("name", ["xs-gpu", "s"])
+def test_the_chain_for_a_gpu_is_the_one_that_is_tried_at_toy_size(name: str) -> None:
+    toy, recipe = (load_recipe(RECIPES / f"{file}.toml") for file in ("toy", name))
+    chains = [[(k, t.method, t.steps, t.init) for k, t in r.students.items()] for r in (toy, recipe)]
+    assert chains[0] == chains[1]
+    assert toy.student == recipe.student
+    assert toy.frontier
+    assert recipe.frontier
+    trained = recipe.teacher.autoencoder_seconds + recipe.teacher.seconds + (recipe.store.seconds or 0)
+    assert trained + sum(table.seconds for table in recipe.distill) <= 25 * 60
 
 
 @pytest.mark.parametrize(
@@ -66,21 +86,35 @@ def test_the_recipes_that_come_with_the_kit_are_valid(name: str) -> None:
     [
         ("data = 'sample'", "lacks a key", "'out'"),
         ("out = 'x'\nouut = 'y'", "unknown key 'ouut'", "'out'"),
-        ("out = 'x'\n[distill]\nmethods = 'flowmap'", "[distill]: unknown key 'methods'", "'method'"),
+        ("out = 'x'\n[[distill]]\nmethods = 'flowmap'", "[[distill]] 1: unknown key 'methods'", "'method'"),
+        ("out = 'x'\n[[distill]]\n[[distill]]\nsteps = '1'", "[[distill]] 2: steps = '1'", "an integer"),
+        ("out = 'x'\n[distill]\nmethod = 'flowmap'", "[distill] is a single table", "[[distill]], one for each"),
+        ("out = 'x'\ndistill = 'flowmap'", "distill = 'flowmap'", "a list, each a table"),
+        ("out = 'x'\ndistill = ['flowmap']", "distill = ['flowmap']", "a list, each a table"),
+        ("out = 'x'\n[[distill]]\n[[distill]]", "name 'flowmap' is there twice", "a name of its own"),
+        ("out = 'x'\n[[distill]]\nname = '../up'", "name '../up' cannot be a folder", "letters, digits"),
+        ("out = 'x'\n[[distill]]\ninit = 'flowmap'", "init = 'flowmap' is no earlier student", "one of []"),
+        (f"{TWO}init = 'student:s'", "b: init = 'student:s' is no earlier student (no shipped", "one of ['a']"),
+        (f"{TWO}init = 'teacher:xs'", "init = 'teacher:xs' is no earlier student", "or a student artifact"),
+        (f"{TWO}[student]\nfrom = 'c'", "[student]: from = 'c' names no student", "one of ['a', 'b']"),
+        (f"{TWO}[student]\nfrom = 'a'\nartifact = 'student:xs'", "from = 'a' stands beside artifact", "alone"),
+        ("out = 'x'\n[student]\nfrom_ = 'a'", "[student]: unknown key 'from_'", "'from'"),
+        ("out = 'x'\nfrontier = true", "frontier = True", "a table"),
+        ("out = 'x'\n[frontier]\nsteps = [1, 'two']", "[frontier]: steps = [1, 'two']", "an integer"),
         ("out = 'x'\n[build]\ntensorrt = {}", "[build]: unknown key 'tensorrt'", "'openvino'"),
         ("out = 3", "out = 3", "a string"),
         ("out = 'x'\nseed = '0'", "seed = '0'", "an integer"),
         ("out = 'x'\nseed = true", "seed = True", "an integer"),
-        ("out = 'x'\n[distill]\nseconds = false", "seconds = False", "a number"),
-        ("out = 'x'\n[distill]\nskip = 1", "skip = 1", "true or false"),
-        ("out = 'x'\n[distill]\nmethod = 'magic'", "method = 'magic'", "'reflow', 'flowmap', 'endpoint'"),
+        ("out = 'x'\n[[distill]]\nseconds = false", "seconds = False", "a number"),
+        ("out = 'x'\n[teacher]\ncompile = 1", "compile = 1", "true or false"),
+        ("out = 'x'\n[[distill]]\nmethod = 'magic'", "method = 'magic'", "'reflow', 'flowmap', 'endpoint'"),
         ("out = 'x'\n[teacher]\nguidance_schedule = 'x'", "guidance_schedule = 'x'", "'interval'"),
         ("out = 'x'\n[quantize]\nprecision = 'int4'", "precision = 'int4'", "'fp32', 'fp16', 'int8'"),
         ("out = 'x'\n[quantize]\nalso = ['int8', 4]", "also = ['int8', 4]", "a list"),
         ("out = 'x'\n[quantize]\nalso = 'int8'", "also = 'int8'", "a list"),
         ("out = 'x'\n[build]\ntargets = ['tensorrt']", "targets = ['tensorrt']", "'openvino'"),
         ("out = 'x'\nteacher = 'teacher:xs'", "teacher = 'teacher:xs'", "a table"),
-        ("out = 'x'\n[distill]\nskip = true", "makes no student", "[student] artifact"),
+        ("out = 'x'", "makes no student", "[student] artifact"),
         ("out = ", "cannot be read", "valid TOML"),
     ],
 )
@@ -94,6 +128,28 @@ def test_a_wrong_recipe_says_what_is_wrong(tmp_path: Path, text: str, problem: s
     assert "recipe.toml" in str(raised.value)
 
 
+def test_the_single_distill_table_of_old_is_told_what_to_write(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text("out = 'x'\n[distill]\nskip = true\n")
+    with pytest.raises(ConfigError, match=r"write \[\[distill\]\], .* of \[store\]; to skip it, leave it out\."):
+        load_recipe(file)
+
+
+def test_a_student_that_is_no_student_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text("out = 'x'\n[student]\nartifact = 'teacher:xs'\n")
+    with pytest.raises(ArtifactError, match="is a teacher: expected a student"):
+        load_recipe(file)
+
+
+def test_students_start_from_earlier_ones_or_from_artifacts(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text(f"{TWO}init = 'a'\n[[distill]]\nname = 'c'\ninit = 'student:xs'\n[student]\nfrom = 'b'\n")
+    recipe = load_recipe(file)
+    assert {name: table.init for name, table in recipe.students.items()} == {"a": None, "b": "a", "c": "student:xs"}
+    assert recipe.student.from_ == "b"
+
+
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no file .*absent\.toml"):
         load_recipe(tmp_path / "absent.toml")
@@ -105,7 +161,7 @@ def test_an_integer_does_for_a_number() -> None:
 
 # Runs -----------------------------------------------------------------------------------------------------------------
 
-STAGES = ["distill", "export", "build-fp32", "gain", "evidence", "render", "report"]
+STAGES = ["distill-flowmap", "gain", "export", "build-fp32", "evidence", "render", "report"]
 Result = dict[str, Any]
 Run = Callable[..., tuple[Result, list[str]]]
 
@@ -115,8 +171,8 @@ def _run(folder: Path, lr: float = 5e-4, threads: int = 0, pairs: int = 2) -> tu
     fresh: list[str] = []
     once = run.Stages.once
 
-    def watched(self: run.Stages, name: str, *rest: Any) -> tuple[Path, bool]:
-        out, made = once(self, name, *rest)
+    def watched(self: run.Stages, name: str, *rest: Any, **options: Any) -> tuple[Path, bool]:
+        out, made = once(self, name, *rest, **options)
         fresh.extend([name] if made else [])
         return out, made
 
@@ -169,7 +225,7 @@ def test_a_second_run_makes_nothing_again(folder: Path, monkeypatch: pytest.Monk
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a stage was run again")
 
-    for module, names in ((api, ("distill", "quantize", "build")), (run, ("compare_steps", "judge", "write_page"))):
+    for module, names in ((api, ("distill", "quantize", "build")), (run, ("measure_gain", "judge", "write_page"))):
         for name in names:
             monkeypatch.setattr(module, name, refuse)
     monkeypatch.setattr(run, "render_picture", refuse)
@@ -193,9 +249,9 @@ def test_another_option_of_the_backend_builds_again_and_distills_nothing(folder:
 
 
 def test_another_learning_rate_starts_training_afresh(folder: Path) -> None:
-    before = artifact.load(folder / "run" / "student")
+    before = artifact.load(folder / "run" / "students" / "flowmap")
     assert _run(folder, lr=0.05)[1] == STAGES
-    after = artifact.load(folder / "run" / "student")
+    after = artifact.load(folder / "run" / "students" / "flowmap")
     assert after.lineage[-1].config["train"]["lr"] == 0.05
     assert after.files["network.safetensors"] != before.files["network.safetensors"]  # not the old one, taken as done
 
@@ -217,3 +273,109 @@ def test_a_stage_that_was_stopped_half_way_is_run_again(folder: Path, monkeypatc
 def test_what_was_deleted_is_made_again(folder: Path) -> None:
     shutil.rmtree(folder / "run" / "bundle")
     assert _run(folder)[1][0] == "build-fp32"
+
+
+# Students -------------------------------------------------------------------------------------------------------------
+
+CHAIN = """
+out = "run"
+store = {{trajectories = 16, targets_per_source = {targets}}}
+[teacher]
+artifact = "teacher:xs"
+[[distill]]
+method = "reflow"
+[[distill]]
+lr = {lr}
+[[distill]]
+name = "polished"
+method = "endpoint"
+steps = 1
+lr = {polish}
+init = "flowmap"
+"""
+
+
+@pytest.fixture
+def distilled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
+    """Goes through the students of ``CHAIN``, without training them; returns how each that was made was asked for."""
+
+    def distill(teacher: str, data: str, out: Path, **fields: Any) -> None:
+        asked.append({"name": out.name, **fields})
+        Path(fields["store"]).mkdir(exist_ok=True)
+        (Path(fields["store"]) / "shard").write_text(str(fields["targets_per_source"]))
+        with artifact.replacing_folder(out) as folder:
+            artifact.seal(folder, "student", {k: fields[k] for k in ("method", "lr")}, {}, ())
+
+    def chain(targets: int = 8, lr: float = 5e-4, polish: float = 1e-4) -> list[dict[str, Any]]:
+        asked.clear()
+        file = tmp_path / "chain.toml"
+        file.write_text(CHAIN.format(targets=targets, lr=lr, polish=polish))
+        run._students(load_recipe(file), run.Stages(Path("run")), "teacher:xs")
+        return list(asked)
+
+    asked: list[dict[str, Any]] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(api, "distill", distill)
+    return chain
+
+
+def test_students_share_one_store_and_one_cache(distilled: Callable[..., list[dict[str, Any]]]) -> None:
+    asked = distilled()
+    assert [one["name"] for one in asked] == ["reflow", "flowmap", "polished"]
+    assert {(one["store"], one["cache"], one["trajectories"]) for one in asked} == {("run/store", "run/cache", 16)}
+    assert [one["init"] for one in asked] == [None, None, "run/students/flowmap"]
+    assert distilled() == []
+
+
+def test_a_student_is_made_again_when_the_one_it_starts_from_changed(
+    distilled: Callable[..., list[dict[str, Any]]],
+) -> None:
+    distilled()
+    assert [one["name"] for one in distilled(polish=2e-4)] == ["polished"]
+    assert [one["name"] for one in distilled(lr=1e-3, polish=2e-4)] == ["flowmap", "polished"]
+
+
+def test_a_store_of_another_config_is_thrown_away(distilled: Callable[..., list[dict[str, Any]]]) -> None:
+    distilled()
+    Path("run/store/old").touch()
+    assert distilled(lr=1e-3)
+    assert Path("run/store/old").exists()
+    assert len(distilled(targets=4)) == 3
+    assert not Path("run/store/old").exists()
+    assert Path("run/store/shard").read_text() == "4"
+
+
+# The whole chain ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_toy_recipe_tries_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run.run_recipe(RECIPES / "toy.toml")
+    out = tmp_path / "runs" / "toy"
+    students = {name: artifact.load(out / "students" / name) for name in ("reflow", "flowmap", "endpoint-1")}
+    last = {name: student.lineage[-1] for name, student in students.items()}
+    assert {stage.config["trajectories"] for stage in last.values()} == {32}
+    assert last["endpoint-1"].inputs["init"] == students["flowmap"].digest
+    assert "init" not in last["flowmap"].inputs
+
+    gain = json.loads((out / "gain.json").read_text())
+    assert {name: list(found) for name, found in gain["students"].items()} == {
+        "reflow": ["1", "2", "4", "8"],
+        "flowmap": ["1", "2", "4", "8"],
+        "endpoint-1": ["1"],
+    }
+    assert len(gain["truth"]) == 9
+    frontier = json.loads((out / "frontier" / "frontier.json").read_text())
+    engines = [row for row in frontier["rows"] if row["backend"] in ("openvino", "onnxruntime")]
+    assert [row.get("reason") for row in engines] == [None] * 8  # two numbers of steps, two precisions, two backends
+    page = Path(result["report"]).read_text()
+    for words in ("endpoint-1, 1 step, distilled in this run", "in multiples of the teacher", "validation"):
+        assert words in page
+    bundle = artifact.load(out / "bundle", "bundle")
+    assert (bundle.config["steps"], bundle.config["precision"]) == (1, "int8")
+    assert artifact.load(out / "graphs" / "fp32").lineage[-1].inputs["student"] == students["flowmap"].digest
+
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()}
+    run.run_recipe(RECIPES / "toy.toml")
+    assert {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()} == before

@@ -7,6 +7,7 @@ import json
 import math
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 
 from rpfm_edge.errors import ConfigError, InputError
 from rpfm_edge.metrics import statistics
-from rpfm_edge.plots import histogram, loss_plot, smoothed
+from rpfm_edge.plots import Point, frontier_plot, frontier_png, histogram, loss_plot, smoothed, validation_plot
 from rpfm_edge.report import Evidence, contact_sheet, error_map, format_number, write_report
 
 pytest.importorskip("jinja2")
@@ -61,6 +62,24 @@ def summary(*values: float) -> dict:
     return {"psnr_db": statistics(values), "flip": statistics([v / 100 for v in values])}
 
 
+def engine(backend: str, steps: int, p50_s: float, psnr_db: float) -> dict[str, Any]:
+    quality = {"psnr_db": statistics([psnr_db])}
+    return {
+        "steps": steps,
+        "precision": "int8",
+        "backend": backend,
+        "against_teacher": quality,
+        "against_truth": quality,
+        "frame": {"p50_s": p50_s, "p95_s": 2 * p50_s, "fps": 1 / p50_s},
+        "engine_bytes": 2**21,
+        "pareto": backend == "torch",
+    }
+
+
+def failed(words: str) -> dict[str, Any]:
+    return {"steps": 4, "precision": "fp16", "backend": "openvino", "reason": f"too large {words}", "pareto": False}
+
+
 def full(words: str = "words") -> Evidence:
     times = [0.030 + 0.0001 * (k % 7) for k in range(100)]
     return {
@@ -85,10 +104,19 @@ def full(words: str = "words") -> Evidence:
                     "stage": words,
                     "against_teacher": summary(31.0, 32.0, math.inf),
                     "against_truth": summary(20.0, 20.5, 21.0),
+                    "pose": {"pck": statistics([0.5, 1.0, 1.0]), "pck_unsided": statistics([0.75, 1.0, 1.0])},
                 },
+                {"stage": "film", "flicker": {"flicker": statistics([1.5, 2.0]), "motion": statistics([0.75, 1.0])}},
             ],
             "missing": {"lpips": f"weights {words}"},
             "note": words,
+        },
+        "frontier": {
+            "rows": [engine(words, 2, 0.05, 33.0), engine("torch", 1, 0.02, 31.0), failed(words)],
+            "pairs": [[words, words]] * 3,
+            "machine": {"cpu": words, "usable_cores": 4, "versions": {words: "1.0"}},
+            "reference": {"steps": 8, "solver": "heun"},
+            "rounds": 7,
         },
         "latency": [
             {"call": f"frame {words}", "name": words, "values_s": times},
@@ -96,8 +124,14 @@ def full(words: str = "words") -> Evidence:
             {"call": "prepare", "name": words, "values_s": [0.01] * 3},
         ],
         "losses": {words: [{"name": words, "steps": list(range(1000)), "values": [1 / (k + 1) for k in range(1000)]}]},
+        "validation": {words: [[60 * k, 10 * k, 0.5 + 1 / (k + 1)] for k in range(9)]},
         "lineage": [
-            {"stage": words, "config": {words: [words], "lr": 1e-4}, "tools": {words: words}, "inputs": {words: "ab12"}}
+            {
+                "stage": words,
+                "config": {words: [words], "lr": 1e-4, "train": {"ema": {words: 0.5}, "seed": 0}},
+                "tools": {words: words},
+                "inputs": {words: "ab12"},
+            }
         ],
         "method": {"commands": [words], "counts": {words: 64}, "seeds": {"noise": 1234}, "notes": [words]},
     }
@@ -183,7 +217,8 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert page.balanced
     assert page.text.count(HOSTILE) >= 25  # everywhere it was given, plots and their legends too
     labels = {svg["aria-label"] for svg in page.all("svg")}
-    assert labels == {f"times of frame {HOSTILE}", "times of prepare", f"loss curves: {HOSTILE}"}
+    losses = {f"{what}: {HOSTILE}" for what in ("loss curves", "validation")}
+    assert labels == {f"times of frame {HOSTILE}", "times of prepare", *losses, "quality against speed"}
     names = {name for tag in ("p", "h1", "h2", "h3", "dd", "th", "img", "div") for a in page.all(tag) for name in a}
     assert names <= {"class", "id", "alt", "src", "role", "aria-label", "tabindex", "scope"}
 
@@ -209,12 +244,33 @@ def test_figures_are_the_ones_given(tmp_path: Path) -> None:
     assert "34.2 words" in words
     assert "words 32.0 31.0 0.320 ∞ 3" in words  # PSNR: median, 5th percentile; FLIP: median, 95th; images
     assert "teacher 22.0 21.0 0.220 0.230 3" in words
+    assert "Motion words 0.833 0.500 0.917 0.750 — — film — — 1.75 2.00 0.875" in words  # means and tails
     assert "4 of 8 usable" in words
     assert "16.0 GiB" in words
     assert "LPIPS: weights words" in words
     assert "words 30.3 30.6 30.6" in words  # ms: p50, p95, p99
     assert "1234" in words
     assert '["words"]' in words
+    assert " ema:\n  words: 0.5\nseed: 0 " in page.text
+
+
+def test_the_frontier_is_a_plot_and_a_table(tmp_path: Path) -> None:
+    _, page = render(tmp_path, {"frontier": full()["frontier"]})
+    words = " ".join(page.text.split())
+    assert "Student, torch INT8 1 50.0 1.00 20.0 40.0 31.0 31.0 2.0 words INT8 2 20.0 – 50.0 100 33.0 33.0 2.0" in words
+    assert "OpenVINO FP16 too large words 4 – – – – – – –" in words
+    assert "Medians over 3 pairs" in words
+    assert "8 Heun steps" in words
+    assert "7 rounds, on words, 4 cores, words 1.0" in words
+    assert [row.get("class") for row in page.all("tr")] == [None, "best", None, None]
+    assert [svg["aria-label"] for svg in page.all("svg")] == ["quality against speed"]
+
+
+def test_a_validation_curve_stands_beside_its_losses(tmp_path: Path) -> None:
+    evidence: Evidence = {"losses": full()["losses"], "validation": {**full()["validation"], "alone": [[1.0, 2, 0.5]]}}
+    _, page = render(tmp_path, evidence)
+    labels = [svg["aria-label"] for svg in page.all("svg")]
+    assert labels == ["loss curves: words", "validation: words", "validation: alone"]
 
 
 def test_evidence_that_went_through_json_renders_the_same(tmp_path: Path) -> None:
@@ -300,7 +356,13 @@ def test_smoothing_keeps_constants_and_lines_and_skips_nan() -> None:
 
 
 def test_plots_take_their_colours_from_the_page() -> None:
-    for svg in (histogram("times", {"a": [1, 2, 3]}), loss_plot("loss", {"a": ([0, 1], [2.0, 1.0])})):
+    curve = [[1.0, 10, 2.0], [2.0, 20, 1.0]]
+    for svg in (
+        histogram("times", {"a": [1, 2, 3]}),
+        loss_plot("loss", {"a": ([0, 1], [2.0, 1.0])}),
+        validation_plot("validation", curve),
+        frontier_plot("frontier", [Point(10.0, 30.0, "a", "fp32", 1, True)]),
+    ):
         assert "currentColor" in svg
         assert "var(--series-0)" in svg
         assert "#01fe" not in svg
@@ -309,6 +371,23 @@ def test_plots_take_their_colours_from_the_page() -> None:
 def test_plots_of_awkward_series() -> None:
     assert histogram("equal", {"a": [0.01]}).startswith("<svg")
     assert histogram("zero", {"a": [0.0, 0.0]}).startswith("<svg")
+    assert validation_plot("one", [[0.0, 0, 1.0]]).startswith("<svg")
+    assert validation_plot("diverged", [[0.0, 0, 1.0], [9e3, 1, math.nan]]).startswith("<svg")
     assert loss_plot("negative", {"a": ([0, 1, 2], [1.0, -1.0, math.nan])}).startswith("<svg")
     points = loss_plot("long", {"a": (np.arange(100_000), np.ones(100_000))})
     assert len(points) < 60_000  # not one point per step
+
+
+@pytest.mark.parametrize(("last_s", "unit"), [(100, "(s)"), (200, "(min)"), (11_000, "(h)")])
+def test_training_time_has_a_unit_that_fits(last_s: float, unit: str) -> None:
+    assert f"trained for {unit}" in validation_plot("v", [[0.0, 0, 2.0], [last_s, 10, 1.0]])
+
+
+def test_the_frontier_marks_every_engine_once() -> None:
+    engines = [Point(10.0 * k, 30.0 + k, "one" if k % 2 else "two", "int8", 10 + k, k == 5) for k in range(1, 6)]
+    svg = Page(frontier_plot("frontier", engines)).text.split()
+    assert [svg.count(str(10 + k)) for k in range(1, 6)] == [1] * 5
+    assert [svg.count(name) for name in ("one", "two", "INT8")] == [1] * 3
+    picture = cv2.imdecode(np.frombuffer(frontier_png(engines), np.uint8), cv2.IMREAD_COLOR)
+    for colour in ((0x1F, 0x6F, 0xEB), (0xC2, 0x41, 0x0C)):  # two backends
+        assert (picture[..., ::-1] == colour).all(axis=2).sum() > 200

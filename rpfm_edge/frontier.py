@@ -1,0 +1,272 @@
+"""Quality against speed: one student at several numbers of steps, in every precision, on every backend.
+
+Graphs, bundles and qualities are kept below ``out/work`` and made once; times are taken anew, all engines in turns.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import runtimes
+from rpfm_edge import api, artifact, assets, measure, plots
+from rpfm_edge.bundle import size_bytes
+from rpfm_edge.data import Split
+from rpfm_edge.errors import ArtifactError, BackendError, ConfigError, ParityError, SignatureError
+from rpfm_edge.frontier_table import markdown, pareto, points, psnr
+from rpfm_edge.measure import Call, Latency
+from rpfm_edge.metrics import missing_metrics
+from rpfm_edge.pipeline import Pipeline
+from rpfm_edge.recipe import PRECISIONS
+from rpfm_edge.splits import open_splits
+from rpfm_edge.stages import Stages, console
+from rpfm_edge.validate import Pairs, bundle_images, circumstances, draw_pairs, drift
+
+REFUSALS = (ArtifactError, BackendError, ParityError, SignatureError, RuntimeError)  # of a graph or an engine
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One engine: a student's graph with its steps unrolled, in a precision, on a backend."""
+
+    steps: int
+    precision: str
+    backend: str
+
+    @property
+    def name(self) -> str:
+        """Its name in the work folder."""
+        return f"{self.steps}-{self.precision}-{self.backend}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What every stage needs: the student, the data, the draws, and where results are kept."""
+
+    student: Path
+    teacher: str
+    data: str
+    samples: int
+    seed: int
+    pairs: Pairs
+    stages: Stages
+
+    @property
+    def folder(self) -> Path:
+        return self.stages.folder
+
+
+def measure_frontier(
+    student: str | Path,
+    teacher: str | Path,
+    data: str | Path,
+    out: str | Path,
+    steps: Sequence[int] = (1, 2, 4, 8),
+    precisions: Sequence[str] = ("fp32", "fp16", "int8"),
+    backends: Sequence[str] = ("openvino", "onnxruntime"),
+    pairs: int = 48,
+    samples: int = 64,
+    runs: int = 30,
+    seconds: float = 2.0,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure every combination, and write ``frontier.json``, ``frontier.md`` and ``frontier.png`` into ``out``.
+
+    The student in eager torch (FP32) stands beside the engines, and the teacher with as many Euler steps, which is
+    judged but not timed. A combination that cannot be built or run is a row with the reason.
+
+    Args:
+        pairs: held-out pairs; every quality is measured on them, at the same noise.
+        samples: calibration samples of INT8.
+        runs, seconds: rounds at least, and seconds for each engine on average; a round times one frame of every engine.
+
+    Returns:
+        the content of ``frontier.json``: ``rows`` (``steps``, ``precision``, ``backend``, ``against_teacher``,
+        ``against_truth``, ``frame``, ``engine_bytes``, ``pareto``, or ``reason``), and the circumstances.
+
+    Raises:
+        ConfigError: a number or a name that cannot be.
+        BackendError: nothing could be measured.
+    """
+    candidates = _candidates(steps, precisions, backends)
+    if samples < 1 or runs < 1:
+        raise ConfigError(f"{samples} samples and {runs} runs", expected="at least 1 of each", fix="ask for more")
+    config = artifact.load(assets.resolve(student), "student").config
+    size, network, test = tuple(config["size"]), config["network"], open_splits(data).test
+    drawn = draw_pairs(test, pairs, size, (network["latent_channels"], *network["latent_size"]), seed)
+    stages = Stages(Path(out) / "work")
+    work = _Work(assets.resolve(student), str(teacher), str(data), samples, seed, drawn, stages)
+
+    reference = _reference(work)
+    rows = [_teacher_row(work, reference, count) for count in sorted(set(steps))]
+    bundles, made = _engines(work, reference, candidates)
+    if not bundles:
+        raise BackendError(made[0]["reason"].rstrip("."), expected="at least one engine that runs", fix="see above")
+    times = _times(bundles, test, drawn.sources[0], runs, seconds)
+    rows += [{**row, "frame": times[row["name"]].to_json()} if "reason" not in row else row for row in made]
+    result = {
+        **circumstances(drawn),
+        "machine": measure.where(_versions({c.backend for c in bundles})),
+        "student": str(student),
+        "teacher": str(teacher),
+        "data": str(data),
+        "seed": seed,
+        "samples": samples,
+        "rounds": min(len(latency.values_s) for latency in times.values()),
+        "rows": _marked(rows),
+    }
+    _write(Path(out), result)
+    return result
+
+
+def _candidates(steps: Sequence[int], precisions: Sequence[str], backends: Sequence[str]) -> list[Candidate]:
+    """Every combination, and eager torch, which runs the float student only."""
+    for what, given, known in (("precision", precisions, PRECISIONS), ("backend", backends, sorted(runtimes.BACKENDS))):
+        if unknown := [one for one in given if one not in known]:
+            raise ConfigError(f"unknown {what} {unknown[0]!r}", expected=f"one of {known}", fix="check the spelling")
+    if not steps or min(steps) < 1:
+        raise ConfigError(f"steps {list(steps)}", expected="at least one number, each at least 1", fix="correct them")
+    counts = sorted(set(steps))
+    engines = [(p, b) for b in dict.fromkeys(backends) if b != "torch" for p in dict.fromkeys(precisions)]
+    return [Candidate(count, *engine) for count in counts for engine in (*engines, ("fp32", "torch"))]
+
+
+def _reference(work: _Work) -> Path:
+    """A file with the teacher's reference images of the pairs."""
+    from distill.reference import REFERENCE_SOLVER, REFERENCE_STEPS
+
+    out = work.folder / "reference.npy"
+
+    def make() -> None:
+        buffer = io.BytesIO()
+        np.save(buffer, _teacher_images(work, REFERENCE_STEPS, REFERENCE_SOLVER))
+        artifact.write_bytes(out, buffer.getvalue())
+
+    drawn = [work.pairs.names, work.pairs.sources.shape, work.seed, REFERENCE_STEPS, REFERENCE_SOLVER]
+    return work.stages.once("reference", drawn, {"teacher": work.teacher, "data": work.data}, out, make)[0]
+
+
+def _teacher_images(work: _Work, steps: int, solver: str) -> np.ndarray:
+    from distill.reference import teacher_images
+
+    inputs = (work.pairs.sources, work.pairs.skeletons, work.pairs.noise)
+    images: np.ndarray = teacher_images(work.teacher, *inputs, [(steps, solver)])[steps, solver]
+    return images
+
+
+def _teacher_row(work: _Work, reference: Path, steps: int) -> dict[str, Any]:
+    name, inputs = f"{steps}-teacher", {"teacher": work.teacher}
+    quality = _quality(work, name, inputs, reference, lambda: _teacher_images(work, steps, "euler"))
+    return {"name": name, "steps": steps, "precision": "fp32", "backend": "teacher", **quality}
+
+
+def _quality(
+    work: _Work, name: str, inputs: Mapping[str, str | Path], reference: Path, render: Callable[[], np.ndarray]
+) -> dict[str, Any]:
+    """Distances of the images that ``render`` makes of the pairs to the reference and to the ground truth."""
+    out = work.folder / "quality" / f"{name}.json"
+
+    def make() -> None:
+        artifact.write_text(out, json.dumps(drift(render(), np.load(reference), work.pairs.truths)))
+
+    # The reference stands for the teacher and the pairs; a metric that has become available is measured.
+    stage = work.stages.once(f"quality-{name}", missing_metrics(), {"reference": reference, **inputs}, out, make)
+    return dict(json.loads(stage[0].read_text(encoding="utf-8")))
+
+
+def _engines(
+    work: _Work, reference: Path, candidates: Iterable[Candidate]
+) -> tuple[dict[Candidate, Path], list[dict[str, Any]]]:
+    """Build and judge every candidate; returns the bundles that work, and a row for every candidate."""
+    graphs: dict[tuple[int, str], Path] = {}
+    bundles, rows = {}, []
+    for candidate in candidates:
+        row = {"name": candidate.name, **{k: getattr(candidate, k) for k in ("steps", "precision", "backend")}}
+        try:
+            key = candidate.steps, candidate.precision
+            graphs[key] = graphs.get(key) or _graph(work, *key)
+            bundle = _bundle(work, candidate, graphs[key])
+            render = partial(bundle_images, bundle, candidate.backend, work.pairs)
+            row |= _quality(work, candidate.name, {"bundle": bundle}, reference, render)
+            row["engine_bytes"] = size_bytes(artifact.load(bundle, "bundle", verify=False), candidate.backend)
+            bundles[candidate] = bundle
+        except REFUSALS as error:
+            console.print(f"{candidate.name}: {error}", markup=False, highlight=False)
+            row["reason"] = str(error)
+        rows.append(row)
+    return bundles, rows
+
+
+def _bundle(work: _Work, candidate: Candidate, graph: Path) -> Path:
+    """A bundle of its own for each candidate, so that one backend that refuses a graph does not fail another."""
+    out = work.folder / "bundles" / candidate.name
+    build = partial(api.build, graph, out, candidate.backend)
+    tools = runtimes.load(candidate.backend).versions()
+    return work.stages.once(f"build-{candidate.name}", tools, {"graph": graph}, out, build)[0]
+
+
+def _graph(work: _Work, steps: int, precision: str) -> Path:
+    """The graph with ``steps`` unrolled; the float one is exported once and the others are made from it."""
+    folder, student, data = work.folder / "graphs", work.student, work.data
+    out = folder / f"{steps}-{precision}"
+    if precision == "fp32":
+        export = partial(api.quantize, student, data, out, "fp32", steps)
+        return work.stages.once(f"export-{steps}", steps, {"student": student}, out, export)[0]
+    graph, draws = _graph(work, steps, "fp32"), [work.samples, work.seed]
+    convert = partial(api.quantize, graph, data, out, precision, None, *draws)
+    config = draws if precision == "int8" else None
+    return work.stages.once(f"{precision}-{steps}", config, {"graph": graph, "data": data}, out, convert)[0]
+
+
+def _times(
+    bundles: Mapping[Candidate, Path], test: Split, source: np.ndarray, runs: int, seconds: float
+) -> dict[str, Latency]:
+    """Times of a frame of every candidate, by name: ``source`` in the pose of the first held-out target."""
+    with ExitStack() as opened:
+        calls: dict[str, Call] = {}
+        for candidate, bundle in bundles.items():
+            pipe = opened.enter_context(Pipeline.open(bundle, candidate.backend))
+            pose = test.pose(int(test.pairs[0][1]), pipe.size)
+            calls[candidate.name] = partial(pipe.render, pipe.prepare(source), pose)
+        round_s = sum(latency.p50_s for latency in steady(calls, 1, warmup=1).values())
+        rounds = max(runs, math.ceil(seconds * len(calls) / round_s))
+        console.print(f"[bold]times[/bold] of {len(calls)} engines, {rounds} rounds in turns")
+        return steady(calls, rounds)
+
+
+def steady(calls: Mapping[str, Call], rounds: int, warmup: int = 0) -> dict[str, Latency]:
+    """``measure.interleaved``, with each call three times in a row and the middle one kept.
+
+    So it follows one of its own and not another library's, whose threads still spin for a while and whose weights fill
+    the cache; that is how frames follow each other in a stream.
+    """
+    turns = {f"{name}/{k}": call for name, call in calls.items() for k in range(3)}
+    times = measure.interleaved(turns, rounds, warmup)
+    return {name: times[f"{name}/1"] for name in calls}
+
+
+def _versions(backends: Iterable[str]) -> dict[str, str]:
+    return {name: version for one in sorted(backends) for name, version in runtimes.load(one).versions().items()}
+
+
+def _marked(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with ``pareto``: no other is as fast and, to a tenth of a dB, as close to the teacher, and better in one."""
+    timed = [row for row in rows if "frame" in row]
+    best = pareto([(row["frame"]["fps"], round(psnr(row), 1)) for row in timed])
+    marks = {row["name"]: mark for row, mark in zip(timed, best, strict=True)}
+    return [{**row, "pareto": marks.get(row["name"], False)} for row in rows]
+
+
+def _write(out: Path, result: Mapping[str, Any]) -> None:
+    artifact.write_text(out / "frontier.json", json.dumps(result, indent=1))
+    artifact.write_text(out / "frontier.md", markdown(result))
+    artifact.write_bytes(out / "frontier.png", plots.frontier_png(points(result["rows"])))

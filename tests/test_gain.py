@@ -1,0 +1,191 @@
+"""What distillation gained: the same pairs as everywhere, chunks that add up, and ratios that can be told by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distill.student import DistillConfig, Student, save_student
+from distill.teacher import save_teacher
+from recipes import judge_students
+from rpfm_edge import gain, metrics
+from rpfm_edge.errors import ConfigError, InputError
+from rpfm_edge.gain import GainConfig, compare_truth, draw_chunks, measure_gain, merge
+from rpfm_edge.splits import open_splits
+from rpfm_edge.validate import draw_pairs
+from tests.distill.tiny import NETWORK, SIZE, toy_teacher
+
+CONFIG = GainConfig(pairs=5, seed=3, chunk=2, batch=2, metrics=("psnr_db", "ssim"))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A teacher without guidance, and its own network as a student of any number of steps, and of two."""
+    folder, teacher = tmp_path_factory.mktemp("models"), toy_teacher(scale=1.0)
+    student = Student(teacher.network, teacher.autoencoder)
+    made = {"teacher": save_teacher(teacher, folder / "teacher", ()).path}
+    for name, config in {"same": DistillConfig("reflow"), "two": DistillConfig("endpoint", steps=2)}.items():
+        made[name] = save_student(student, folder / name, config, SIZE, ()).path
+    return made
+
+
+def measured(models: dict[str, Path], out: Path, config: GainConfig = CONFIG) -> dict[str, Any]:
+    students = {name: path for name, path in models.items() if name != "teacher"}
+    return measure_gain(models["teacher"], students, "sample", out, config)
+
+
+@pytest.fixture(scope="module")
+def found(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    out = tmp_path_factory.mktemp("found") / "gain.json"
+    return measured(models, out), out
+
+
+def test_chunks_are_the_pairs_of_every_other_figure() -> None:
+    test = open_splits("sample").test
+    whole = draw_pairs(test, 5, SIZE, NETWORK.latent_shape, seed=3)
+    chunks = list(draw_chunks(test, NETWORK.latent_shape, CONFIG))
+    assert [len(indices) for indices, _ in chunks] == [2, 2, 1]
+    np.testing.assert_array_equal(np.concatenate([noise for _, noise in chunks]), whole.noise)
+    read = [gain._read(test, *chunk, SIZE) for chunk in chunks]
+    assert [name for pairs in read for name in pairs.names] == whole.names
+    for part in ("sources", "skeletons", "truths"):
+        np.testing.assert_array_equal(np.concatenate([getattr(p, part) for p in read]), getattr(whole, part))
+
+
+def test_a_student_that_is_the_teacher_gains_and_loses_nothing(found: tuple[dict[str, Any], Path]) -> None:
+    result = found[0]
+    assert list(result["students"]["same"]) == ["1", "2", "4", "8"]
+    assert list(result["students"]["two"]) == ["2"]
+    for steps, distances in result["students"]["same"].items():
+        expected = result["teacher"][steps]["against_truth"]["psnr_db"]["values"]
+        np.testing.assert_allclose(distances["against_truth"]["psnr_db"]["values"], expected, atol=0.02)
+    assert len(result["pairs"]) == len(result["reference"]["against_truth"]["ssim"]["values"]) == 5
+    assert json.loads(found[1].read_text())["truth"] == result["truth"]
+
+
+def test_chunks_give_what_one_chunk_gives(
+    models: dict[str, Path], found: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    once = measured(models, tmp_path / "gain.json", replace(CONFIG, chunk=5, batch=1))
+    assert once["pairs"] == found[0]["pairs"]
+    for side in ("against_teacher", "against_truth"):
+        one, many = (r["students"]["two"]["2"][side]["psnr_db"]["values"] for r in (once, found[0]))
+        np.testing.assert_allclose(one, many, atol=0.02)  # a grey level here and there
+
+
+def test_half_precision_is_near_and_not_the_same(
+    models: dict[str, Path], found: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    half = measured(models, tmp_path / "gain.json", replace(CONFIG, precision="bf16", pairs=2))
+    for side in ("against_teacher", "against_truth"):
+        values = half["students"]["two"]["2"][side]["psnr_db"]["values"]
+        expected = found[0]["students"]["two"]["2"][side]["psnr_db"]["values"][:2]
+        assert values != expected
+        np.testing.assert_allclose(values, expected, atol=1.0)
+
+
+def test_it_continues_and_grows(
+    models: dict[str, Path], found: tuple[dict[str, Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, counted = gain._read, []
+
+    def watched(split: Any, indices: Any, *rest: Any) -> Any:
+        counted.append(len(indices))
+        if len(counted) == 2:
+            raise KeyboardInterrupt
+        return read(split, indices, *rest)
+
+    monkeypatch.setattr(gain, "_read", watched)
+    out = tmp_path / "gain.json"
+    with pytest.raises(KeyboardInterrupt):
+        measured(models, out)
+    assert not out.exists()
+    assert measured(models, out, replace(CONFIG, pairs=4))["students"]["two"]
+    assert counted == [2, 2, 2]  # the first chunk is not measured again
+    assert measured(models, out)["students"]["two"] == found[0]["students"]["two"]
+    assert counted == [2, 2, 2, 1]
+    other = replace(CONFIG, seed=4, pairs=2)
+    assert measured(models, out, other)["seed"] == 4
+    assert counted == [2, 2, 2, 1, 2]  # what was measured of another draw is not taken for this one
+
+
+def test_merged_statistics_are_those_of_the_whole() -> None:
+    values = np.random.default_rng(0).normal(size=11).tolist()
+    parts = [{"a": {"b": metrics.statistics(values[i : i + 4])}, "names": values[i : i + 4]} for i in (0, 4, 8)]
+    assert merge(parts) == {"a": {"b": metrics.statistics(values)}, "names": values}
+
+
+def summary(mse: list[float], flip: list[float]) -> dict[str, Any]:
+    psnr = [10 * np.log10(255**2 / value) if value else float("inf") for value in mse]
+    return {"against_truth": {"psnr_db": metrics.statistics(psnr), "flip": metrics.statistics(flip)}}
+
+
+def test_errors_are_multiples_of_the_teachers() -> None:
+    reference = summary([100.0, 300.0], [0.2, 0.2])
+    students = {"a": {"1": summary([110.0, 310.0], [0.2, 0.2])}, "b": {"8": summary([0.0, 200.0], [0.1, 0.3])}}
+    first, second = compare_truth(students, reference, seed=0)
+    assert (first["student"], first["steps"], first["target"]) == ("a", 1, 1.05)
+    assert first["mse"]["teacher"] == pytest.approx(200)
+    assert first["mse"]["ratio"] == pytest.approx(1.05)
+    assert first["mse"]["interval"] == pytest.approx([1.05, 1.05])  # every pair is worse by the same
+    assert first["flip"]["ratio"] == 1
+    assert (second["steps"], second["target"]) == (8, None)
+    assert second["mse"]["ratio"] == pytest.approx(0.5)
+    assert second["flip"]["interval"] == pytest.approx([0.5, 1.5])
+
+
+def test_one_pair_has_no_interval() -> None:
+    assert compare_truth({"a": {"4": summary([1.0], [0.1])}}, summary([2.0], [0.1]), 0)[0]["mse"]["interval"] is None
+
+
+def test_what_cannot_be_measured(models: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "gain.json"
+    with pytest.raises(ConfigError, match="0 pairs in chunks of 2: expected at least 1 of each"):
+        measured(models, out, replace(CONFIG, pairs=0))
+    with pytest.raises(ConfigError, match="no students: expected students of one size"):
+        measure_gain(models["teacher"], {}, "sample", out, CONFIG)
+    teacher = toy_teacher()
+    student = Student(teacher.network, teacher.autoencoder)
+    wide = save_student(student, tmp_path / "wide", DistillConfig(), (64, 64), ()).path
+    with pytest.raises(ConfigError, match=r"two of \(64, 48\), wide of \(64, 64\): expected students of one size"):
+        measure_gain(models["teacher"], {"two": models["two"], "wide": wide}, "sample", out, CONFIG)
+    test = open_splits("sample").test
+    nothing = replace(test, pairs=test.pairs[:0])
+    with pytest.raises(InputError, match="has no pairs"):
+        list(draw_chunks(nothing, (1,), CONFIG))
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def judge(models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    def run(*students: Path, pairs: int = 2, code: int = 0) -> str:
+        arguments = [models["teacher"], *students, "--data", "sample", "--out", tmp_path / "judged.json"]
+        arguments += ["--pairs", pairs, "--chunk", 1, "--metrics", "psnr_db"]
+        assert judge_students.main([str(a) for a in arguments]) == code
+        return "".join(capsys.readouterr())
+
+    return run
+
+
+def test_the_command_prints_every_student(judge: Callable[..., str], models: dict[str, Path], tmp_path: Path) -> None:
+    printed = judge(models["same"], models["two"])
+    result = json.loads((tmp_path / "judged.json").read_text())
+    rows = [line.split() for line in printed.splitlines()]
+    assert [row[1] for row in rows if row and row[0] in ("same", "two")] == ["1", "2", "4", "8", "2"]
+    at_4 = next(row for row in result["truth"] if row["steps"] == 4)
+    line = next(row for row in rows if row[:2] == ["same", "4"])
+    assert f"{at_4['mse']['ratio']:.4f}" in line
+    assert line[-1] == ("met" if at_4["mse"]["ratio"] <= 1.01 else "MISSED")
+
+
+def test_the_command_says_what_is_wrong(judge: Callable[..., str], models: dict[str, Path]) -> None:
+    assert "two students of one name" in judge(models["two"], models["two"], code=2)
+    assert "judge_students: 0 pairs" in judge(models["two"], pairs=0, code=2)
