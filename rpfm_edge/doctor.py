@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from rpfm_edge import jetson
 
 DISTRIBUTION = "rpfm-edge"
 SIBLINGS = ("distill", "quantize", "runtimes")  # generic names, which another distribution may have too
@@ -25,18 +27,22 @@ CPU_FLAGS = (  # instructions that decide the speed of INT8, BF16 and FP16
 LIBRARIES = (
     *("numpy", "opencv-python-headless", "rich", "safetensors", "typer"),
     *("openvino", "onnxruntime", "torch", "onnx", "onnxscript", "onnxsim", "nncf", "diffusers", "accelerate"),
-    *("scikit-image", "matplotlib", "jinja2", "psutil", "lmdb"),
+    *("scikit-image", "matplotlib", "jinja2", "psutil", "lmdb", "tensorrt", "tensorrt-rtx", "cuda-bindings"),
+    "jetson-stats",
 )
 
 
-def diagnose() -> dict[str, Any]:
+def diagnose(precision: str | None = None) -> dict[str, Any]:
     """A JSON-able description of the machine and the installation.
+
+    ``precision`` is the one that an engine is to be built in, such as ``"fp8"``: ``advice`` says if this GPU has none.
 
     Keys: ``rpfm_edge``, ``python``, ``platform``, ``cpu`` (model, cores, cores_usable, flags), ``memory_bytes``,
     ``backends`` (name → null if usable, or why not and the fix), ``openvino_devices``, ``versions``, ``intruders``
-    (sibling package → where it was found instead, by whom), ``extras`` (extra → what is missing and the fix).
+    (sibling package → where it was found instead, by whom), ``extras`` (extra → what is missing and the fix),
+    ``jetson`` (the facts of ``jetson.read``, null elsewhere), ``advice`` (``problem`` and ``fix``, of a Jetson).
     """
-    backends = _backends()
+    backends, board = _backends(), jetson.read()
     return {
         "rpfm_edge": _version(DISTRIBUTION),
         "python": f"{platform.python_version()} ({sys.executable})",
@@ -48,6 +54,8 @@ def diagnose() -> dict[str, Any]:
         "versions": {name: found for name in LIBRARIES if (found := _version(name))},
         "intruders": dict(intruders(Path(__file__).parent.parent)),
         "extras": missing_extras(),
+        "jetson": board,
+        "advice": jetson.advice(board, precision) if board else [],
     }
 
 
@@ -108,6 +116,9 @@ def _rows(diagnosis: dict[str, Any]) -> Iterator[tuple[str, str, bool | None]]:
     yield "CPU", f"{cpu['model'] or 'unknown'}, {cpu['cores_usable']} of {cpu['cores']} cores usable", None
     yield "CPU instructions", " ".join(cpu["flags"]) or "unknown", None
     yield "memory", f"{memory / 2**30:.1f} GiB" if memory else "unknown", None
+    yield from _board_rows(diagnosis["jetson"] or {})
+    for hint in diagnosis["advice"]:
+        yield "advice", f"{hint['problem']}: {hint['fix']}", False
     for name, reason in diagnosis["backends"].items():
         yield f"backend {name}", reason or "usable", reason is None
     for device, name in diagnosis["openvino_devices"].items():
@@ -117,6 +128,24 @@ def _rows(diagnosis: dict[str, Any]) -> Iterator[tuple[str, str, bool | None]]:
     for extra, found in diagnosis["extras"].items():
         yield f"extra {extra}", f"without {', '.join(found['missing'])}; {found['fix']}", None
     yield "libraries", ", ".join(f"{name} {version}" for name, version in diagnosis["versions"].items()), None
+
+
+def _board_rows(board: Mapping[str, Any]) -> Iterator[tuple[str, str, bool | None]]:
+    """The facts of ``jetson.read`` in words; none elsewhere."""
+    if not board:
+        return
+    names = {"JetPack": "jetpack", "L4T": "l4t", "TensorRT": "tensorrt", "compute capability": "compute_capability"}
+    versions = [f"{word} {board[name]}" for word, name in names.items() if board[name]]
+    no_fp8 = ["no FP8"] if jetson.supports(board, "fp8") is False else []
+    yield "Jetson", ", ".join([board["module"] or board["board"] or "unknown module", *versions, *no_fp8]), None
+    clocks = {True: "locked", False: "following the load", None: "unknown"}[board["clocks_locked"]]
+    megahertz = [f"GPU {name} {value / 1e6:.0f} MHz" for name, value in (board["gpu_hz"] or {}).items()]
+    yield "Jetson power", ", ".join([f"mode {board['power_mode'] or 'unknown'}, clocks {clocks}", *megahertz]), None
+    degrees = [f"{name} {value:.1f}" for name, value in (board["temperatures_c"] or {}).items()]
+    yield "Jetson temperatures (°C)", ", ".join(degrees) or "unknown", None
+    free = board["memory_free_bytes"]
+    yield "Jetson memory free", f"{free / 2**30:.1f} GiB" if free is not None else "unknown", None
+    yield "Jetson read from", board["read_from"], None
 
 
 def _backends() -> dict[str, str | None]:
@@ -129,9 +158,9 @@ def _backends() -> dict[str, str | None]:
 
 
 def _cpu() -> dict[str, Any]:
-    cpuinfo = _read(Path("/proc/cpuinfo"))
+    cpuinfo = jetson.read_text(Path("/proc/cpuinfo"))
     model = re.search(r"^model name\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
-    board = _read(Path("/proc/device-tree/model")).strip("\0")  # ARM boards name themselves here
+    board = jetson.read_text(Path("/proc/device-tree/model"))  # ARM boards name themselves here
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     return {
         "model": model.group(1) if model else board or platform.processor(),
@@ -146,13 +175,6 @@ def _memory_bytes() -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # not on Windows
         return None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def _version(distribution: str) -> str | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from rpfm_edge import jetson
 from rpfm_edge.errors import BackendError, ConfigError
 
 Call = Callable[[], object]
@@ -152,7 +153,8 @@ def where(versions: Mapping[str, str] | None = None) -> dict[str, Any]:
 
     Returns:
         cpu (model name), board (from the device tree; absent without one), cores (logical), usable_cores (that this
-        process may run on), memory_bytes (absent if unknown), python, platform, versions.
+        process may run on), memory_bytes (absent if unknown), jetson (power mode, clocks, temperatures and more, of
+        ``jetson.read``; absent elsewhere), python, platform, versions.
     """
     cores = os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
@@ -161,6 +163,8 @@ def where(versions: Mapping[str, str] | None = None) -> dict[str, Any]:
         facts["board"] = board
     with suppress(AttributeError, ValueError, OSError):
         facts["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if found := jetson.read():
+        facts["jetson"] = found
     facts |= {"python": platform.python_version(), "platform": platform.platform(), "versions": dict(versions or {})}
     return facts
 
