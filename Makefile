@@ -3,6 +3,7 @@ VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PROOF := $(VENV)/.tensorrt
 
 .PHONY: demo test slow lint types bench clean
 
@@ -12,7 +13,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
-slow: $(READY)
+slow: $(READY) $(PROOF)
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 lint: $(READY)
@@ -30,6 +31,11 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
 	touch $(READY)
+
+# TensorRT for RTX builds engines without a GPU: 105 MB to download, 265 MB installed.
+$(PROOF): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tensorrt-rtx]'
+	touch $(PROOF)
 
 clean:
 	rm -rf $(VENV) runs

@@ -16,6 +16,8 @@ from quantize.calibrate import Samples
 from quantize.execute import Graph
 from quantize.float16 import to_float16
 from quantize.int8 import Int8Config, to_int8
+from quantize.typed import FOLDER as TYPED
+from quantize.typed import to_typed
 from rpfm_edge import artifact
 from rpfm_edge.artifact import Artifact, Stage, tool_versions
 from rpfm_edge.errors import ArtifactError, ConfigError, ParityError
@@ -68,6 +70,8 @@ def quantize(
         else:
             counts = _convert(graph, precision, folder, recorded, options)
             settings["psnr_db"] = _check(graph, folder, recorded, precision)
+            if (folder / TYPED).is_dir():
+                settings["typed_psnr_db"] = _check(graph, folder / TYPED, recorded, precision)
             config = {key: value for key, value in graph.config.items() if key not in FLOAT_ONLY}
             config |= {"precision": precision} | ({"int8_layers": counts} if precision == "int8" else {})
         stage = Stage("quantize", settings, tool_versions(*TOOLS), inputs)
@@ -95,13 +99,19 @@ def _check_request(graph: Artifact, precision: str, samples: Path | None) -> Non
 def _convert(
     graph: Artifact, precision: str, folder: Path, samples: Samples | None, options: Int8Config
 ) -> dict[str, dict[str, int]]:
-    """Write both graphs and the noise; returns the INT8 layers by graph and kind."""
+    """Write both graphs and the noise; returns the INT8 layers by graph and kind.
+
+    INT8 graphs are written a second time for strongly typed libraries, which need signed activations.
+    """
     counts = {}
     for name in GRAPHS:
         model = onnx.load(graph.file(f"{name}.onnx"))
         if precision == "int8":
             assert samples is not None
             model, counts[name] = to_int8(model, samples.feeds(name), options)
+            if options.activations == "signed":
+                (folder / TYPED).mkdir(exist_ok=True)
+                onnx.save(to_typed(model), folder / TYPED / f"{name}.onnx")
         else:
             model = to_float16(model)
         onnx.save(model, folder / f"{name}.onnx")

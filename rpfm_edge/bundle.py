@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import runtimes
-from rpfm_edge import artifact, assets
+from rpfm_edge import artifact, assets, canary
 from rpfm_edge.artifact import Artifact, Stage, file_digest, tool_versions
 from rpfm_edge.errors import ArtifactError, ConfigError
 
@@ -21,7 +21,8 @@ def build(
 ) -> Artifact:
     """Compile a graph artifact for every backend in ``targets`` and write the bundle ``out``.
 
-    ``graph`` may also be a bundle: its engines are kept and the new ones are added. ``options`` are per backend.
+    ``graph`` may also be a bundle: its engines are kept and the new ones are added. ``options`` are per backend. With
+    ONNX Runtime here, the bundle gets a canary, by which an engine that is built elsewhere later can be judged.
     """
     if not targets:
         raise ConfigError("no target", expected=f"one of {sorted(runtimes.BACKENDS)}", fix="give --target")
@@ -33,6 +34,8 @@ def build(
             if not name.startswith((f"{EVIDENCE}/", "student/")):  # the torch backend keeps its own copy
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(source.path / name, folder / name)
+        if canary.FILE not in source.files and (tensors := canary.record(source)):
+            artifact.write_bytes(folder / canary.FILE, canary.content(tensors))
         for target in targets:
             runtime, chosen = runtimes.load(target), dict((options or {}).get(target, {}))
             shutil.rmtree(folder / "engines" / target, ignore_errors=True)

@@ -86,7 +86,8 @@ class Pipeline:
             source: a file, or (H, W, 3) uint8 RGB; padded to the bundle's aspect.
         """
         image = load_image(source, self.size)
-        return Person(self._prepare.run({"source": image[None]})["source_kv"], self._digest)
+        source_kv = self._prepare.run({"source": image[None]})["source_kv"]
+        return Person(self._frame.keep(source_kv), self._digest)
 
     def render(self, person: Person, pose: ArrayLike, noise: np.ndarray | None = None) -> Image:
         """One frame: the person in a pose.

@@ -25,6 +25,9 @@ class Session(Protocol):
     def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
         """Outputs by name. The arrays belong to the caller; raises ``SignatureError`` on feeds that do not fit."""
 
+    def keep(self, array: np.ndarray) -> np.ndarray:
+        """An array equal to ``array``, in the form that ``run`` takes fastest again and again; never changed by it."""
+
 
 class Runtime(Protocol):
     """A backend.

@@ -10,14 +10,16 @@ from rpfm_edge.errors import BackendError
 from rpfm_edge.runtime import Runtime
 
 if TYPE_CHECKING:
-    from runtimes import ort, ov, torch_reference
+    from runtimes import ort, ov, torch_reference, torch_trt, trt
 
-    _RUNTIMES: tuple[Runtime, ...] = (ov, ort, torch_reference)  # a module is a Runtime, and mypy holds it to that
+    _RUNTIMES: tuple[Runtime, ...] = (ov, ort, trt, torch_trt, torch_reference)  # modules, which mypy holds to Runtime
 
-# name → (module here, import name of the library that it needs, extra of rpfm-edge that installs the library)
+# name → (module here, import names of the libraries of which it needs one, extra of rpfm-edge that installs it)
 BACKENDS = {
     "openvino": ("runtimes.ov", "openvino", "openvino"),
     "onnxruntime": ("runtimes.ort", "onnxruntime", "onnxruntime"),
+    "tensorrt": ("runtimes.trt", "tensorrt or tensorrt_rtx or tensorrt_lean or tensorrt_dispatch", "tensorrt"),
+    "torch-tensorrt": ("runtimes.torch_trt", "torch_tensorrt", "torch-tensorrt"),
     "torch": ("runtimes.torch_reference", "torch", "distill"),
 }
 
@@ -28,7 +30,7 @@ def load(name: str) -> Runtime:
         raise BackendError(f"unknown backend {name!r}", expected=f"one of {sorted(BACKENDS)}", fix="check the spelling")
     module, needs, extra = BACKENDS[name]
     install = f"pip install 'rpfm-edge[{extra}]'"
-    if find_spec(needs) is None:
+    if not any(find_spec(library) for library in needs.split(" or ")):
         raise BackendError(f"backend {name} is not installed", expected=f"the package {needs}", fix=f"run: {install}")
     try:
         return cast(Runtime, import_module(module))

@@ -23,7 +23,8 @@ def checked(
                 f"unknown {backend} option {name!r}", expected=f"one of {sorted(defaults)}", fix="check the spelling"
             )
         if type(value) is not type(defaults[name]) or (isinstance(value, int) and value < 0):
-            kind = "an integer, 0 or more" if isinstance(defaults[name], int) else "a string"
+            kinds = {bool: "true or false", int: "an integer, 0 or more", str: "a string"}
+            kind = kinds[type(defaults[name])]
             raise ConfigError(f"{backend} option {name} is {value!r}", expected=kind, fix="give such a value")
         if name in choices and value not in choices[name]:
             raise ConfigError(

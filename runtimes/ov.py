@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from rpfm_edge.artifact import Artifact
 from rpfm_edge.errors import ArtifactError, BackendError, ConfigError
 from rpfm_edge.runtime import Session
 from rpfm_edge.signature import Feeds, Signature, TensorSpec
+from runtimes.cache import cache_folder
 from runtimes.options import checked
 from runtimes.session import guarded, require_signature
 
@@ -66,7 +66,7 @@ def open(engine: Path, signature: Signature, options: Mapping[str, Any]) -> Iter
     """
     core = openvino.Core()
     settings = compile_settings(core, options)
-    if cache := cache_folder():
+    if cache := cache_folder("openvino"):
         core.set_property({"CACHE_DIR": str(cache)})
     path = engine / MODEL
     try:
@@ -119,15 +119,6 @@ def compile_settings(core: openvino.Core, options: Mapping[str, Any]) -> tuple[s
             )
         settings["INFERENCE_NUM_THREADS"] = option["threads"]
     return device, settings
-
-
-def cache_folder() -> Path | None:
-    """``$RPFM_EDGE_CACHE/openvino`` (default ``~/.cache/rpfm-edge/openvino``), or None where it cannot be written."""
-    root = os.environ.get("RPFM_EDGE_CACHE") or Path("~/.cache/rpfm-edge").expanduser()
-    folder = Path(root) / "openvino"
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder if os.access(folder, os.W_OK) else None
 
 
 class _Request:

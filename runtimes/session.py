@@ -26,12 +26,21 @@ class GuardedSession:
     def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
         """Outputs by name, owned by the caller; ``SignatureError`` on unfit feeds, ``BackendError`` once closed."""
         with self._lock:
-            if self._call is None:
-                raise BackendError(
-                    f"this {self.backend} session is closed", expected="an open one", fix="run inside its with block"
-                )
+            call = self.require_open()
             self.signature.check(feeds)
-            return self._call(feeds)
+            return call(feeds)
+
+    def keep(self, array: np.ndarray) -> np.ndarray:
+        """An array equal to ``array``, in the form that this session takes fastest again and again."""
+        return array
+
+    def require_open(self) -> Call:
+        """What runs the engine; raises ``BackendError`` once closed."""
+        if self._call is None:
+            raise BackendError(
+                f"this {self.backend} session is closed", expected="an open one", fix="run inside its with block"
+            )
+        return self._call
 
     def close(self) -> None:
         """Drop the engine, after a run in progress."""

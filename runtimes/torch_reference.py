@@ -39,12 +39,7 @@ def build(graph: Artifact, name: str, engine: Path, options: Mapping[str, Any]) 
     """
     checked("torch", DEFAULTS, options, {})
     graph.file(f"{name}.onnx")  # the same refusal of an unknown graph as everywhere
-    if "factory" not in graph.config or f"{STUDENT}/{artifact.MANIFEST}" not in graph.files:
-        raise BackendError(
-            f"{graph.path} has no student and factory",
-            expected="both, because the torch backend runs only the float student that a graph was exported from",
-            fix="build from the graph as it was exported, before quantization, or for another backend",
-        )
+    require_student(graph, "torch")
     shutil.copytree(graph.path / STUDENT, engine / STUDENT)
     artifact.write_text(engine / FACTORY, json.dumps({"factory": graph.config["factory"], "graph": name}))
     _graph(engine)
@@ -75,6 +70,37 @@ def versions() -> dict[str, str]:
     return {"torch": str(_torch().__version__)}
 
 
+def require_student(graph: Artifact, backend: str) -> None:
+    """Raise ``BackendError`` unless ``graph`` carries the student that ``backend`` starts from."""
+    if "factory" not in graph.config or f"{STUDENT}/{artifact.MANIFEST}" not in graph.files:
+        raise BackendError(
+            f"{graph.path} has no student and factory",
+            expected=f"both, because the {backend} backend runs only the float student that a graph was exported from",
+            fix="build from the graph as it was exported, before quantization, or for another backend",
+        )
+
+
+def trusted(spec: str) -> Callable[[Path], Mapping[str, Any]]:
+    """Import ``package.module:function``, only from trusted packages: a bundle from elsewhere may name anything."""
+    module, _, function = spec.partition(":")
+    packages = [TRUSTED, *filter(None, os.environ.get("RPFM_EDGE_FACTORIES", "").split(","))]
+    if module.split(".")[0] not in packages:
+        raise BackendError(
+            f"factory {spec!r} is in a package that is not trusted",
+            expected=f"package.module:function, the package being one of {packages}",
+            fix="if you trust it, add its name to $RPFM_EDGE_FACTORIES",
+        )
+    try:
+        found: Callable[[Path], Mapping[str, Any]] = getattr(import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise BackendError(
+            f"factory {spec!r} cannot be imported ({error})",
+            expected="package.module:function",
+            fix="install the package that has it (for distill, pip install 'rpfm-edge[distill]')",
+        ) from error
+    return found
+
+
 def _torch() -> Any:
     try:
         import torch
@@ -99,33 +125,12 @@ def _graph(engine: Path) -> Graph:
             fix="copy the bundle again or build the engine again",
         ) from error
     artifact.load(engine / STUDENT, "student")
-    graphs = _factory(factory)(engine / STUDENT)
+    graphs: Mapping[str, Graph] = trusted(factory)(engine / STUDENT)
     if graph not in graphs:
         raise BackendError(
             f"factory {factory} makes no graph {graph!r}", expected=f"one of {sorted(graphs)}", fix="build one of these"
         )
     return graphs[graph]
-
-
-def _factory(spec: str) -> Callable[[Path], Mapping[str, Graph]]:
-    """Import ``package.module:function``, only from trusted packages: a bundle from elsewhere may name anything."""
-    module, _, function = spec.partition(":")
-    trusted = [TRUSTED, *filter(None, os.environ.get("RPFM_EDGE_FACTORIES", "").split(","))]
-    if module.split(".")[0] not in trusted:
-        raise BackendError(
-            f"factory {spec!r} is in a package that is not trusted",
-            expected=f"package.module:function, the package being one of {trusted}",
-            fix="if you trust it, add its name to $RPFM_EDGE_FACTORIES",
-        )
-    try:
-        found: Callable[[Path], Mapping[str, Graph]] = getattr(import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise BackendError(
-            f"factory {spec!r} cannot be imported ({error})",
-            expected="package.module:function",
-            fix="install the package that has it (for distill, pip install 'rpfm-edge[distill]')",
-        ) from error
-    return found
 
 
 def _checked_outputs(outputs: Mapping[str, np.ndarray], signature: Signature) -> Mapping[str, np.ndarray]:

@@ -36,7 +36,9 @@ def test_what_is_kept_and_what_is_left_behind(tiny_graph: Artifact, quantized: A
     assert quantized.kind == "graph"
     assert quantized.signatures == tiny_graph.signatures
     assert quantized.files["noise.npy"] == tiny_graph.files["noise.npy"]
-    assert set(quantized.files) == {"prepare.onnx", "frame.onnx", "noise.npy"}
+    graphs = {"prepare.onnx", "frame.onnx"}
+    typed = {f"typed/{name}" for name in graphs} if quantized.config["precision"] == "int8" else set()
+    assert set(quantized.files) == graphs | typed | {"noise.npy"}
     for key in ("steps", "size", "latent_shape"):
         assert quantized.config[key] == tiny_graph.config[key]
     assert not {"factory", "student", "parity_max_abs"} & set(quantized.config)

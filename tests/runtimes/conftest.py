@@ -102,8 +102,8 @@ def nodes() -> list[Any]:
         node("Mul", "rgb_shifted half_range", "rgb_levels"),
         node("Round", "rgb_levels", "rgb_rounded"),
         node("Clip", "rgb_rounded lowest highest", "rgb_clipped"),
-        node("Cast", "rgb_clipped", "rgb_bytes", to=onnx.TensorProto.UINT8),
-        node("Reshape", "rgb_bytes image_shape", "image"),
+        node("Reshape", "rgb_clipped image_shape", "rgb_image"),
+        node("Cast", "rgb_image", "image", to=onnx.TensorProto.UINT8),
     ]
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +19,45 @@ from rpfm_edge.artifact import Artifact, file_digest
 from rpfm_edge.errors import ArtifactError, BackendError, ConfigError, SignatureError
 from rpfm_edge.runtime import Runtime, Session
 
-OPTIONS = {"threads": 1}
+ON_GPU = ("tensorrt", "torch-tensorrt")
 
 
-@pytest.fixture(params=list(runtimes.BACKENDS))
+@pytest.fixture(
+    params=[pytest.param(name, marks=pytest.mark.gpu if name in ON_GPU else ()) for name in runtimes.BACKENDS]
+)
 def runtime(request: pytest.FixtureRequest) -> Runtime:
     if reason := runtimes.available()[request.param]:
         pytest.skip(reason)
+    if request.param in ON_GPU:
+        try:
+            import_module("runtimes.trt_cuda").device()
+        except BackendError as error:
+            pytest.skip(str(error))
     return runtimes.load(request.param)
 
 
 @pytest.fixture
-def built(runtime: Runtime, graph: Artifact, engine: Path) -> Path:
+def number(runtime: Runtime) -> str:
+    """An option of the backend that is an integer."""
+    return "workspace_mib" if runtime.name in ON_GPU else "threads"
+
+
+@pytest.fixture
+def options(number: str) -> dict[str, int]:
+    return {number: 1024 if number == "workspace_mib" else 1}
+
+
+@pytest.fixture
+def built(runtime: Runtime, graph: Artifact, engine: Path, options: dict[str, int]) -> Path:
     """An engine whose graph is gone and which has been moved: it must need neither."""
-    runtime.build(graph, "frame", engine, OPTIONS)
+    runtime.build(graph, "frame", engine, options)
     shutil.rmtree(graph.path)
     return engine.rename(engine.with_name("moved"))
 
 
 @pytest.fixture
-def session(runtime: Runtime, built: Path, tiny: Any) -> Iterator[Session]:
-    with runtime.open(built, tiny.SIGNATURE, OPTIONS) as opened:
+def session(runtime: Runtime, built: Path, tiny: Any, options: dict[str, int]) -> Iterator[Session]:
+    with runtime.open(built, tiny.SIGNATURE, options) as opened:
         yield opened
 
 
@@ -133,8 +151,10 @@ def test_an_input_that_stays_while_the_others_change(session: Session, tiny: Any
         check(tiny, session.run(feeds), feeds)
 
 
-def test_two_sessions_do_not_mix(runtime: Runtime, built: Path, session: Session, tiny: Any) -> None:
-    with runtime.open(built, tiny.SIGNATURE, OPTIONS) as other:
+def test_two_sessions_do_not_mix(
+    runtime: Runtime, built: Path, session: Session, tiny: Any, options: dict[str, int]
+) -> None:
+    with runtime.open(built, tiny.SIGNATURE, options) as other:
         results = [(one.run(tiny.feeds(seed)), seed) for seed, one in enumerate((session, other, session, other))]
     for outputs, seed in results:
         check(tiny, outputs, tiny.feeds(seed))
@@ -178,25 +198,27 @@ def test_refuses_feeds_that_do_not_fit(
     check(tiny, session.run(tiny.feeds(0)), tiny.feeds(0))
 
 
-def test_a_closed_session_refuses(runtime: Runtime, built: Path, tiny: Any) -> None:
-    with runtime.open(built, tiny.SIGNATURE, OPTIONS) as session:
+def test_a_closed_session_refuses(runtime: Runtime, built: Path, tiny: Any, options: dict[str, int]) -> None:
+    with runtime.open(built, tiny.SIGNATURE, options) as session:
         session.run(tiny.feeds(0))
-    with pytest.raises(BackendError, match=f"this {runtime.name} session is closed"):
+    with pytest.raises(BackendError, match=f"this {runtime.name.removeprefix('torch-')} session is closed"):
         session.run(tiny.feeds(0))
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("value", "message"),
     [
-        ({"thread": 1}, r"option 'thread': expected one of \[.*'threads'"),
-        ({"threads": -1}, r"option threads is -1: expected an integer, 0 or more"),
-        ({"threads": "2"}, r"option threads is '2': expected an integer, 0 or more"),
-        ({"threads": True}, r"option threads is True: expected an integer, 0 or more"),
+        (-1, r"option {} is -1: expected an integer, 0 or more"),
+        ("2", r"option {} is '2': expected an integer, 0 or more"),
+        (True, r"option {} is True: expected an integer, 0 or more"),
+        (None, r"option 'no_{}': expected one of \[.*'{}'"),
     ],
 )
 def test_refuses_options(
-    runtime: Runtime, graph: Artifact, engine: Path, tiny: Any, options: dict[str, Any], message: str
+    runtime: Runtime, graph: Artifact, engine: Path, tiny: Any, number: str, value: Any, message: str
 ) -> None:
+    message = message.replace("{}", number)
+    options = {f"no_{number}": 1} if value is None else {number: value}
     with pytest.raises(ConfigError, match=message):
         runtime.build(graph, "frame", engine, options)
     assert not list(engine.iterdir())
@@ -212,35 +234,39 @@ def test_builds_and_opens_without_options(runtime: Runtime, graph: Artifact, eng
 
 
 def test_weights_beside_the_graph(
-    runtime: Runtime, make_graph: Callable[..., Artifact], engine: Path, tiny: Any
+    runtime: Runtime, make_graph: Callable[..., Artifact], engine: Path, tiny: Any, options: dict[str, int]
 ) -> None:
     graph = make_graph(external=True)
     assert "frame.onnx.data" in graph.files
-    runtime.build(graph, "frame", engine, OPTIONS)
+    runtime.build(graph, "frame", engine, options)
     shutil.rmtree(graph.path)
-    with runtime.open(engine, tiny.SIGNATURE, OPTIONS) as session:
+    with runtime.open(engine, tiny.SIGNATURE, options) as session:
         check(tiny, session.run(tiny.feeds(0)), tiny.feeds(0))
 
 
-def test_refuses_a_graph_that_is_not_there(runtime: Runtime, graph: Artifact, engine: Path) -> None:
+def test_refuses_a_graph_that_is_not_there(
+    runtime: Runtime, graph: Artifact, engine: Path, options: dict[str, int]
+) -> None:
     with pytest.raises(ArtifactError, match=r"has no prepare\.onnx"):
-        runtime.build(graph, "prepare", engine, OPTIONS)
+        runtime.build(graph, "prepare", engine, options)
 
 
-def test_refuses_an_empty_engine(runtime: Runtime, engine: Path, tiny: Any) -> None:
+def test_refuses_an_empty_engine(runtime: Runtime, engine: Path, tiny: Any, options: dict[str, int]) -> None:
     with (
         pytest.raises(ArtifactError, match=r"missing or damaged .*build the engine again"),
-        runtime.open(engine, tiny.SIGNATURE, OPTIONS),
+        runtime.open(engine, tiny.SIGNATURE, options),
     ):
         pass
 
 
-def test_opening_and_running_leave_the_engine_as_it_was(runtime: Runtime, built: Path, tiny: Any) -> None:
+def test_opening_and_running_leave_the_engine_as_it_was(
+    runtime: Runtime, built: Path, tiny: Any, options: dict[str, int]
+) -> None:
     def digests() -> dict[Path, str]:
         return {path: file_digest(path) for path in built.rglob("*") if path.is_file()}
 
     before = digests()
-    with runtime.open(built, tiny.SIGNATURE, OPTIONS) as session:
+    with runtime.open(built, tiny.SIGNATURE, options) as session:
         session.run(tiny.feeds(0))
     assert digests() == before
 
@@ -273,7 +299,7 @@ def test_backend_whose_library_is_broken(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_importing_runtimes_is_light() -> None:
-    heavy = {needs for _, needs, _ in runtimes.BACKENDS.values()} | {"onnx", "nncf"}
+    heavy = {one for _, needs, _ in runtimes.BACKENDS.values() for one in needs.split(" or ")} | {"onnx", "nncf"}
     code = f"import sys; sys.path = {sys.path!r}; import runtimes; print(sorted({heavy!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

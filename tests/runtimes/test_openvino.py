@@ -16,6 +16,7 @@ from rpfm_edge.signature import Signature, TensorSpec
 
 openvino = pytest.importorskip("openvino")
 from runtimes import ov  # noqa: E402
+from runtimes.cache import cache_folder  # noqa: E402
 
 OPTIONS = {"threads": 1}
 
@@ -131,7 +132,7 @@ def test_a_damaged_cache_is_ignored(built: Path, tmp_path: Path, tiny: Any) -> N
 def test_works_without_a_cache(built: Path, tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("RPFM_EDGE_CACHE", str(tmp_path / "file"))
-    assert ov.cache_folder() is None
+    assert cache_folder("openvino") is None
     with ov.open(built, tiny.SIGNATURE, OPTIONS) as session:
         assert session.run(tiny.feeds(0))["image"].shape == tiny.IMAGE
 
@@ -139,7 +140,7 @@ def test_works_without_a_cache(built: Path, tmp_path: Path, tiny: Any, monkeypat
 def test_the_default_cache_is_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RPFM_EDGE_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert ov.cache_folder() == tmp_path / ".cache" / "rpfm-edge" / "openvino"
+    assert cache_folder("openvino") == tmp_path / ".cache" / "rpfm-edge" / "openvino"
 
 
 def test_feeds_are_kept_no_longer_than_the_session(built: Path, tiny: Any) -> None:

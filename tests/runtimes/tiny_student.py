@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -48,21 +49,39 @@ def feeds(seed: int) -> dict[str, np.ndarray]:
 def factory(folder: Path) -> dict[str, Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]]:
     """The graphs of the student in ``folder``, run by torch."""
     import torch
-    from safetensors.torch import load_file
-    from torch.nn import functional as F
 
-    w = load_file(folder / "model.safetensors")
+    module = modules(folder)["frame"]
 
     def frame(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        pose, noise, source_kv = (torch.from_numpy(arrays[spec.name]) for spec in SIGNATURE.inputs)
-        x = F.conv2d(pose.permute(0, 3, 1, 2) / 127.5 - 1, w["conv"], padding=1) + noise
-        x = x.flatten(2).transpose(1, 2)
-        query = F.layer_norm(x, (CHANNELS,), w["scale"], w["shift"])
-        x = x + F.scaled_dot_product_attention(query, source_kv[:1], source_kv[1:])
-        image = (x @ w["linear"] + w["bias"]).reshape(IMAGE)
-        return {"image": ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy(), "tokens": x.numpy()}
+        with torch.no_grad():
+            outputs = module(*(torch.from_numpy(arrays[spec.name]) for spec in SIGNATURE.inputs))
+        return {spec.name: value.numpy() for spec, value in zip(SIGNATURE.outputs, outputs, strict=True)}
 
     return {"frame": frame}
+
+
+def modules(folder: Path) -> dict[str, Any]:
+    """The graphs of the student in ``folder``, as torch modules."""
+    import torch
+    from safetensors.torch import load_file
+    from torch import Tensor, nn
+    from torch.nn import functional as F
+
+    class Frame(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, value in load_file(folder / "model.safetensors").items():
+                self.register_buffer(name, value)
+
+        def forward(self, pose: Tensor, noise: Tensor, source_kv: Tensor) -> tuple[Tensor, Tensor]:
+            x = F.conv2d(pose.float().permute(0, 3, 1, 2) / 127.5 - 1, self.conv, padding=1) + noise
+            x = x.flatten(2).transpose(1, 2)
+            query = F.layer_norm(x, (CHANNELS,), self.scale, self.shift)
+            x = x + F.scaled_dot_product_attention(query, source_kv[:1], source_kv[1:])
+            image = (x @ self.linear + self.bias).reshape(IMAGE)
+            return ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8), x
+
+    return {"frame": Frame()}
 
 
 def wrong_outputs(folder: Path) -> dict[str, Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]]:

@@ -1,0 +1,173 @@
+"""TensorRT: NVIDIA GPUs, Jetson and desktop. An engine is a plan and the record of the one place that it fits."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rpfm_edge import artifact, canary
+from rpfm_edge.artifact import Artifact
+from rpfm_edge.errors import ArtifactError, ConfigError
+from rpfm_edge.signature import Signature, TensorSpec
+from runtimes import trt_store
+from runtimes.options import checked
+from runtimes.session import require_signature
+from runtimes.trt_api import LIBRARIES, Library
+from runtimes.trt_api import load as load_library
+from runtimes.trt_build import Settings, build_plan, start
+from runtimes.trt_cuda import device
+from runtimes.trt_run import TensorRTSession
+
+name = "tensorrt"
+DEFAULTS = {
+    "library": "auto",
+    "device": "GPU",
+    "compute_capability": "",  # "8.6" or "8.6 8.9": build for these GPUs on any machine; tensorrt_rtx only
+    "workspace_mib": 0,  # 0: as the library likes
+    "optimization_level": 3,
+    "version_compatible": False,
+    "hardware_compatible": "no",
+    "cuda_graph": True,
+    "identities": 8,  # whose keys and values stay on the GPU
+}
+CHOICES = {
+    "library": ("auto", *LIBRARIES),
+    "device": ("GPU", "DLA"),
+    "hardware_compatible": ("no", "ampere_plus", "same_compute_capability"),
+}
+RUN_ONLY = ("library", "device", "compute_capability", "cuda_graph", "identities")  # or told by the record itself
+
+
+def build(graph: Artifact, name: str, engine: Path, options: Mapping[str, Any]) -> None:
+    """Build graph ``name`` into ``engine``, or take the engine from the cache, and compare it with the canary.
+
+    INT8 graphs come in FP16 and INT8 where the artifact has that form. An engine for other GPUs
+    (``compute_capability``) cannot be compared here. Options: ``DEFAULTS``.
+
+    Raises:
+        ConfigError: options that are unknown or exclude each other.
+        BackendError: no library, no GPU, a graph that TensorRT refuses, or too little memory.
+        ParityError: the engine computes something else than ONNX Runtime.
+    """
+    option = checked_options(options)
+    library, settings = load_library(option["library"]), _settings(option)
+    source = graph_file(graph, name, library)
+    here = None if settings.targets else device()
+    record = trt_store.record(library, here, settings, artifact.file_digest(source), _build_options(option))
+    plan = trt_store.cached(record)
+    fresh = plan is None
+    if plan is None:
+        plan = build_plan(library, source, settings, trt_store.timing_file(library, here))
+    trt_store.write(engine, plan, record)
+    if here:
+        _compare(graph, name, engine, option, library)
+    if fresh:
+        trt_store.keep(record, plan)
+
+
+@contextmanager
+def open(engine: Path, signature: Signature, options: Mapping[str, Any]) -> Iterator[TensorRTSession]:
+    """Load the plan of ``engine`` on the GPU at hand, if it was built for this GPU, driver and library."""
+    option = checked_options(options)
+    plan, record = trt_store.read(engine)
+    library, here = load_library(option["library"]), device()
+    trt_store.require_fit(engine, record, library, here)
+    with ExitStack() as resources:
+        loaded = _deserialize(library, plan, engine, resources, bool(record["options"].get("version_compatible")))
+        require_signature(engine / trt_store.PLAN, _signature(library, loaded), signature)
+        session = TensorRTSession(
+            library, loaded, signature, resources, max(option["identities"], 1), option["cuda_graph"]
+        )
+        try:
+            yield session
+        finally:
+            session.close()
+            del loaded  # before the runtime that made it
+
+
+def versions() -> dict[str, str]:
+    """The version of the library that is taken by default."""
+    library = load_library()
+    return {library.name: library.version}
+
+
+def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` over ``DEFAULTS``; ``ConfigError`` for what is unknown, out of range or cannot work."""
+    option = checked("tensorrt", DEFAULTS, options, CHOICES)
+    if option["device"] == "DLA":
+        raise ConfigError(
+            "tensorrt option device is 'DLA'",
+            expected="'GPU', because a DLA multiplies by constants only, and attention multiplies two activations",
+            fix="leave device out",
+        )
+    if option["optimization_level"] > 5:
+        raise ConfigError(
+            f"tensorrt option optimization_level is {option['optimization_level']}", expected="0 to 5", fix="lower it"
+        )
+    return option
+
+
+def graph_file(graph: Artifact, name: str, library: Library) -> Path:
+    """The ONNX file to build from: FP16 and INT8 (``typed/``) where there is one and the library is strongly typed."""
+    typed = f"typed/{name}.onnx"
+    return graph.file(typed if typed in graph.files and not library.precision_flags else f"{name}.onnx")
+
+
+def _settings(option: Mapping[str, Any]) -> Settings:
+    return Settings(
+        targets=tuple(option["compute_capability"].replace(",", " ").split()),
+        workspace_mib=option["workspace_mib"],
+        optimization_level=option["optimization_level"],
+        version_compatible=option["version_compatible"],
+        hardware_compatible=option["hardware_compatible"],
+    )
+
+
+def _build_options(option: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in option.items() if key not in RUN_ONLY}
+
+
+def _compare(graph: Artifact, name: str, engine: Path, option: Mapping[str, Any], library: Library) -> None:
+    known = canary.of(graph)
+    if known is None:
+        print(
+            f"rpfm-edge: engine {name} was not compared, because the bundle has no canary and ONNX Runtime is not here",
+            file=sys.stderr,
+        )
+        return
+    with open(engine, graph.signatures[name], option) as session:
+        canary.check(graph, name, session, known, f"{library.name} {library.version}")
+
+
+def _deserialize(library: Library, plan: bytes, engine: Path, resources: ExitStack, with_code: bool) -> Any:
+    trt = library.module
+    logger = trt.Logger(trt.Logger.ERROR)
+    runtime = start(trt.Runtime, library, logger)
+    resources.callback(lambda *kept: None, logger, runtime)  # an engine needs both, and keeps neither
+    if with_code:  # a version-compatible plan carries a runtime of its own
+        runtime.engine_host_code_allowed = True
+    loaded = runtime.deserialize_cuda_engine(plan)
+    if loaded is None:
+        raise ArtifactError(
+            f"{library.name} {library.version} cannot load {engine / trt_store.PLAN}",
+            expected="an engine of this version for this GPU, and enough memory",
+            fix=trt_store.rebuild(engine),
+        )
+    return loaded
+
+
+def _signature(library: Library, engine: Any) -> Signature:
+    trt = library.module
+    sides: dict[bool, list[TensorSpec]] = {True: [], False: []}
+    for place in range(engine.num_io_tensors):
+        tensor = engine.get_tensor_name(place)
+        spec = TensorSpec(
+            tensor, tuple(engine.get_tensor_shape(tensor)), np.dtype(trt.nptype(engine.get_tensor_dtype(tensor))).name
+        )
+        sides[engine.get_tensor_mode(tensor) == trt.TensorIOMode.INPUT].append(spec)
+    return Signature(tuple(sides[True]), tuple(sides[False]))

@@ -1,0 +1,103 @@
+"""TensorRT without a GPU: tensorrt_rtx parses and builds every graph that we export, and INT8 stays INT8 in it.
+
+Its parser and its builder are the real ones. What is not shown here, because only a GPU can: that an engine loads, that
+it computes the right picture, and how fast.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rpfm_edge import artifact, assets
+from rpfm_edge.artifact import Artifact
+from rpfm_edge.data import open_split, sample_root
+from runtimes import trt, trt_api
+from runtimes.trt_build import Settings, build_plan
+from tests.runtimes import trt_log
+
+pytest.importorskip("tensorrt_rtx", reason="run: pip install 'rpfm-edge[tensorrt-rtx]'")
+pytest.importorskip("torch")
+pytestmark = pytest.mark.slow
+
+TARGETS = ("8.6", "8.9", "12.0")  # Ampere, Ada and Blackwell; Orin's 8.7 is none of tensorrt_rtx's
+
+
+@pytest.fixture(scope="module")
+def library() -> trt_api.Library:
+    return trt_api.load("tensorrt_rtx")
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Artifact]:
+    """(preset, precision) → its graph artifact, each made once."""
+    from distill.export import export
+    from quantize import apply, calibrate
+
+    folder = tmp_path_factory.mktemp("graphs")
+
+    def make(preset: str, precision: str) -> Artifact:
+        out = folder / f"{preset}-{precision}"
+        if out.exists():
+            return artifact.load(out, "graph")
+        if precision == "fp32":
+            return export(student(preset, folder / preset), out, 1)
+        exact, samples = make(preset, "fp32"), folder / f"{preset}.safetensors"
+        if precision == "int8":
+            calibrate.record(exact, open_split(sample_root(), "test"), samples, 8)
+        return apply.quantize(exact, precision, out, samples if precision == "int8" else None)  # type: ignore[arg-type]
+
+    return make
+
+
+def student(preset: str, out: Path) -> Path:
+    """The shipped student, or one of that preset with random weights in every layer."""
+    if f"student:{preset}" in assets.shipped():
+        return assets.resolve(f"student:{preset}")
+    import torch
+
+    from distill.autoencoder import SmallAutoencoder, SmallAutoencoderConfig
+    from distill.rpfm import RPFM
+    from distill.rpfm import preset as architecture
+    from distill.student import DistillConfig, Student, save_student
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = Student(RPFM(architecture(preset, step_embedding=True)), SmallAutoencoder(SmallAutoencoderConfig()))
+        with torch.no_grad():
+            for parameter in made.parameters():  # some start at zero, and would fold away
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    return save_student(made, out, DistillConfig(steps=1), (256, 176), ()).path
+
+
+@pytest.fixture(params=["xs", "s"], scope="module")
+def preset(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=["fp16", "int8"], scope="module")
+def graph(request: pytest.FixtureRequest, preset: str, graphs: Callable[[str, str], Artifact]) -> Artifact:
+    return graphs(preset, request.param)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["prepare", "frame"])
+def test_builds_with_int8_kernels_and_fused_attention(
+    graph: Artifact, preset: str, name: str, target: str, library: trt_api.Library
+) -> None:
+    log: list[str] = []
+    file = trt.graph_file(graph, name, library)
+    begun = time.monotonic()
+    plan = build_plan(library, file, Settings(targets=(target,)), log=log.append)
+    wanted = graph.config.get("int8_layers", {}).get(name, {})
+    found, attention = trt_log.int8_products(log), trt_log.fused_attention(log)
+    size, seconds = len(plan) / 2**20, time.monotonic() - begun
+    print(f"{preset} {name} {graph.config['precision']} {target}: {seconds:.0f} s, {size:.1f} MiB, INT8 {found} of "
+          f"{wanted}, attention {attention}")  # fmt: skip
+    assert found == wanted
+    depth = graph.signatures["prepare"].outputs[0].shape[0]
+    # The last layer of prepare ends in its keys and values, which attend to nothing.
+    assert attention == (depth - 1 if name == "prepare" else depth * graph.config["steps"])

@@ -1,0 +1,269 @@
+"""The session of TensorRT over a stand-in for the GPU (``trt_fake``): which bytes go where, and when.
+
+The stand-in runs everything at once, so the order of work on a GPU is not shown here; the conformance suite on a GPU
+shows that, and that CUDA and TensorRT are called as they want to be.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import ExitStack
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rpfm_edge.errors import BackendError, SignatureError
+from rpfm_edge.signature import Signature, TensorSpec
+from runtimes import trt_cuda
+from runtimes.trt_api import Library
+from runtimes.trt_cuda import DeviceArray
+from runtimes.trt_run import TensorRTSession, is_frozen
+from tests.runtimes.trt_fake import FAILURE, NO_MEMORY, FakeContext, FakeCuda, FakeEngine, view
+
+SIGNATURE = Signature(
+    (TensorSpec("pose", (2, 3), "uint8"), TensorSpec("source_kv", (4,), "float32")),
+    (TensorSpec("image", (2, 3), "float32"),),
+)
+IDENTITIES = 2
+
+
+def compute(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A frame that depends on every byte of its inputs."""
+    return {"image": feeds["pose"] * feeds["source_kv"][:3] + feeds["source_kv"][3]}
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    made = FakeCuda()
+    monkeypatch.setattr(trt_cuda, "runtime_api", lambda: made)
+    return made
+
+
+@pytest.fixture
+def resources() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def opened(cuda: FakeCuda, resources: ExitStack, captured: bool = True) -> tuple[TensorRTSession, FakeEngine]:
+    engine = FakeEngine(cuda, SIGNATURE, compute)
+    library = Library(SimpleNamespace(), "tensorrt", "10.3.0", True, (), (), True, True, {}, (), False)
+    session = TensorRTSession(library, engine, SIGNATURE, resources, IDENTITIES, captured)
+    resources.callback(session.close)
+    return session, engine
+
+
+@pytest.fixture
+def session(cuda: FakeCuda, resources: ExitStack) -> TensorRTSession:
+    return opened(cuda, resources)[0]
+
+
+def feeds(seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {
+        "pose": rng.integers(0, 256, (2, 3), dtype=np.uint8),
+        "source_kv": rng.standard_normal(4, dtype=np.float32),
+    }
+
+
+def uploads(cuda: FakeCuda, work: Any) -> int:
+    """Copies that ``work`` makes outside of graphs."""
+    before = cuda.calls["cudaMemcpyAsync"]
+    work()
+    return cuda.calls["cudaMemcpyAsync"] - before
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_computes_and_gives_addresses_once(cuda: FakeCuda, resources: ExitStack, captured: bool) -> None:
+    session, engine = opened(cuda, resources, captured)
+    for seed in range(5):
+        np.testing.assert_array_equal(session.run(feeds(seed))["image"], compute(feeds(seed))["image"])
+    assert all(set(context.addresses.values()) == {1} for context in engine.contexts)
+    assert cuda.calls["cudaGraphLaunch"] == (5 if captured else 0)
+
+
+def test_enqueued_frames_are_all_there_in_the_end(session: TensorRTSession) -> None:
+    """More frames than slots: the session fetches what nobody has fetched before it uses a slot again."""
+    pending = [session.enqueue(feeds(seed)) for seed in range(7)]
+    for seed in (6, 0, 3, 1, 5, 2, 4):
+        np.testing.assert_array_equal(pending[seed].wait()["image"], compute(feeds(seed))["image"])
+    assert pending[0].wait() is pending[0].wait()
+
+
+def test_feeds_may_be_changed_after_enqueue(session: TensorRTSession) -> None:
+    fed = feeds(0)
+    frame = session.enqueue(fed)
+    for array in fed.values():
+        array[...] = 0
+    np.testing.assert_array_equal(frame.wait()["image"], compute(feeds(0))["image"])
+
+
+def test_a_kept_array_is_uploaded_once(session: TensorRTSession, cuda: FakeCuda) -> None:
+    person, poses = session.keep(feeds(0)["source_kv"]), [feeds(seed)["pose"] for seed in range(8)]
+    frames: list[np.ndarray] = []
+
+    def render() -> None:
+        frames.extend(session.run({"pose": pose, "source_kv": person})["image"] for pose in poses)
+
+    # A pose for each frame, the person once to the GPU and once into each of the two slots.
+    assert uploads(cuda, render) == len(poses) + 1 + 2
+    for pose, image in zip(poses, frames, strict=True):
+        np.testing.assert_array_equal(image, compute({"pose": pose, "source_kv": person})["image"])
+
+
+def test_several_identities_in_turn_and_one_too_many(session: TensorRTSession, cuda: FakeCuda) -> None:
+    people = [session.keep(feeds(seed)["source_kv"]) for seed in range(IDENTITIES + 1)]
+    pose = feeds(9)["pose"]
+
+    def render(which: int) -> None:
+        image = session.run({"pose": pose, "source_kv": people[which]})["image"]
+        np.testing.assert_array_equal(image, compute({"pose": pose, "source_kv": people[which]})["image"])
+
+    for which in (0, 1):
+        render(which)
+    before = cuda.calls["cudaMalloc"]
+    for which in (0, 1, 1, 0):
+        render(which)
+    assert cuda.calls["cudaMalloc"] == before
+    render(2)  # takes the place of 1, which was used before 0
+    render(0)
+    assert cuda.calls["cudaMalloc"] == before + 1
+    render(1)
+    assert cuda.calls["cudaMalloc"] == before + 2
+    assert cuda.calls["cudaFree"] == 2
+
+
+def test_an_identity_at_the_address_of_one_that_is_gone(session: TensorRTSession) -> None:
+    pose = feeds(9)["pose"]
+    for seed in range(20):  # Python gives the memory, and so the id, to the next array
+        person = session.keep(feeds(seed)["source_kv"])
+        image = session.run({"pose": pose, "source_kv": person})["image"]
+        np.testing.assert_array_equal(image, compute({"pose": pose, "source_kv": person})["image"])
+        del person
+        gc.collect()
+
+
+def test_only_what_nothing_can_change_is_frozen() -> None:
+    array = np.zeros(4, np.float32)
+    view_of_it = array.view()
+    view_of_it.flags.writeable = False
+    assert not is_frozen(array)
+    assert not is_frozen(view_of_it)
+    array.flags.writeable = False
+    assert is_frozen(array)
+    assert is_frozen(array[1:])
+    assert not is_frozen(np.frombuffer(bytearray(16), np.float32))
+
+
+def on_gpu(cuda: FakeCuda, array: np.ndarray) -> DeviceArray:
+    held = DeviceArray(cuda._memory(array.nbytes), array.shape, array.dtype.name)
+    view(held.pointer, held.shape, held.dtype)[...] = array
+    return held
+
+
+def test_takes_arrays_on_the_gpu(session: TensorRTSession, cuda: FakeCuda) -> None:
+    fed = {name: on_gpu(cuda, array) for name, array in feeds(3).items()}
+    np.testing.assert_array_equal(session.enqueue(fed).wait()["image"], compute(feeds(3))["image"])
+    for held in fed.values():
+        cuda.alive.pop(held.pointer)
+
+
+def test_its_own_buffers_are_not_copied(session: TensorRTSession, cuda: FakeCuda) -> None:
+    for seed in range(3):
+        buffers = session.buffers()
+        for name, array in feeds(seed).items():
+            view(buffers[name].pointer, buffers[name].shape, buffers[name].dtype)[...] = array
+        before = cuda.calls["cudaMemcpyAsync"]
+        frame = session.enqueue(buffers)
+        assert cuda.calls["cudaMemcpyAsync"] == before
+        on_device = session.outputs(frame)["image"]
+        np.testing.assert_array_equal(
+            view(on_device.pointer, on_device.shape, on_device.dtype), compute(feeds(seed))["image"]
+        )
+        frame.wait()
+
+
+def test_a_kept_array_after_an_array_on_the_gpu(session: TensorRTSession, cuda: FakeCuda) -> None:
+    """A slot must not believe that it still holds the person that was overwritten."""
+    pose, person = feeds(0)["pose"], session.keep(feeds(0)["source_kv"])
+    other = on_gpu(cuda, feeds(1)["source_kv"])
+    for source_kv in (person, person, other, other, person, person):
+        image = session.enqueue({"pose": pose, "source_kv": source_kv}).wait()["image"]
+        wanted = person if source_kv is person else feeds(1)["source_kv"]
+        np.testing.assert_array_equal(image, compute({"pose": pose, "source_kv": wanted})["image"])
+    cuda.alive.pop(other.pointer)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shape": (3, 2)}, r"input 'pose' is uint8\[3, 2\]: expected uint8\[2, 3\]"),
+        ({"typestr": "<f4"}, r"input 'pose' is float32\[2, 3\]: expected uint8\[2, 3\]"),
+        ({"strides": (1, 2)}, "input 'pose' on the GPU is not contiguous"),
+    ],
+)
+def test_refuses_arrays_on_the_gpu(session: TensorRTSession, change: dict[str, Any], message: str) -> None:
+    described = {"data": (1, False), "shape": (2, 3), "typestr": "|u1", "strides": None, "version": 3} | change
+    pose = SimpleNamespace(__cuda_array_interface__=described)
+    with pytest.raises(SignatureError, match=message):
+        session.enqueue(feeds(0) | {"pose": pose})
+    np.testing.assert_array_equal(session.run(feeds(0))["image"], compute(feeds(0))["image"])
+
+
+def test_outputs_on_the_gpu_are_refused_when_they_are_gone(session: TensorRTSession) -> None:
+    first = session.enqueue(feeds(0))
+    for seed in (1, 2):
+        session.enqueue(feeds(seed))
+    with pytest.raises(BackendError, match="are no longer on the GPU"):
+        session.outputs(first)
+
+
+def test_closing_gives_everything_back(cuda: FakeCuda) -> None:
+    for _ in range(3):
+        with ExitStack() as resources:
+            session, _ = opened(cuda, resources)
+            person = session.keep(feeds(0)["source_kv"])
+            for seed in range(3):
+                session.run({"pose": feeds(seed)["pose"], "source_kv": person})
+            late = session.enqueue(feeds(5))
+        np.testing.assert_array_equal(late.wait()["image"], compute(feeds(5))["image"])
+        assert cuda.alive == {}
+        for use in (session.buffers, lambda s=session: s.enqueue(feeds(0)), lambda s=session, p=late: s.outputs(p)):
+            with pytest.raises(BackendError, match="this tensorrt session is closed"):
+                use()
+
+
+@pytest.mark.parametrize("place", ["cudaMalloc", "cudaHostAlloc", "cudaGraphInstantiate"])
+def test_too_little_memory(cuda: FakeCuda, place: str) -> None:
+    cuda.fail[place] = NO_MEMORY
+    message = rf"{place} failed \(out of memory\): expected enough free GPU memory; close other programs on the GPU"
+    with pytest.raises(BackendError, match=message), ExitStack() as resources:
+        opened(cuda, resources)
+    assert not [handle for handle, value in cuda.alive.items() if not isinstance(value, list)]
+
+
+def test_no_execution_context(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeEngine, "create_execution_context", lambda self: None)
+    with pytest.raises(BackendError, match="cannot make an execution context"), ExitStack() as resources:
+        opened(cuda, resources)
+
+
+def test_an_engine_that_does_not_run(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeContext, "execute_async_v3", lambda self, stream: False)
+    with pytest.raises(BackendError, match="TensorRT cannot run the engine"), ExitStack() as resources:
+        opened(cuda, resources)
+
+
+def test_an_engine_that_cannot_be_captured(cuda: FakeCuda) -> None:
+    cuda.fail["cudaStreamEndCapture"] = FAILURE
+    with pytest.raises(BackendError, match="set the tensorrt option cuda_graph to false"), ExitStack() as resources:
+        opened(cuda, resources)
+
+
+def test_an_error_of_the_gpu(session: TensorRTSession, cuda: FakeCuda) -> None:
+    cuda.fail["cudaGraphLaunch"] = FAILURE
+    with pytest.raises(BackendError, match=r"cudaGraphLaunch failed \(unknown error\): expected a working GPU"):
+        session.run(feeds(0))
