@@ -10,7 +10,7 @@ PROOF := $(VENV)/.tensorrt
 demo: $(READY)
 	$(BIN)/rpfm-edge run recipes/demo.toml
 
-test: $(READY)
+test: $(READY) $(PROOF)
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 slow: $(READY) $(PROOF)

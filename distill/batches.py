@@ -85,7 +85,7 @@ def encode_split(
             "root": str(split.root.resolve()),
             "names": split.names,
             "size": size,
-            "autoencoder": _fingerprint(autoencoder),
+            "autoencoder": fingerprint(autoencoder),
         }
     )
     file = cache / f"latents-{key[:16]}.safetensors"
@@ -128,7 +128,7 @@ def _encode(pictures: Pictures, autoencoder: Autoencoder, device: torch.device |
     return torch.stack([torch.cat(plain), torch.cat(mirrored)]).contiguous()
 
 
-def _fingerprint(autoencoder: Autoencoder) -> str:
+def fingerprint(autoencoder: Autoencoder) -> str:
     """sha256 of the weights, the same on every device."""
     assert isinstance(autoencoder, nn.Module)
     sha = hashlib.sha256()

@@ -16,7 +16,7 @@ from accelerate import PartialState
 
 from distill import autoencoder as autoencoders
 from distill.autoencoder import AutoencoderTraining, SmallAutoencoder, SmallAutoencoderConfig, train_autoencoder
-from distill.batches import EncodedSplit, encode_split
+from distill.batches import EncodedSplit, encode_split, fingerprint
 from distill.resident import Pictures, open_pictures
 from distill.rpfm import RPFM, RPFMConfig, preset
 from distill.store import StoreConfig, Trajectories, build_store, load_store
@@ -35,7 +35,7 @@ from distill.teacher import (
 from distill.train import History, TrainConfig
 from distill.weights import load_weights, save_weights
 from rpfm_edge import artifact
-from rpfm_edge.artifact import Artifact, Stage, tool_versions
+from rpfm_edge.artifact import Artifact, Stage, json_digest, tool_versions
 from rpfm_edge.data import Split
 from rpfm_edge.errors import ConfigError
 
@@ -112,12 +112,18 @@ def train(recipe: TrainRecipe, split: Split, out: Path, validation: Split | None
     network = RPFM(
         preset(recipe.preset, latent_channels=autoencoder.latent_channels, latent_size=latent_size, factor=factor)
     )
+    learnt_from = {
+        "autoencoder": fingerprint(autoencoder),
+        "data": split.names,
+        "batch": [recipe.sources, recipe.targets_per_source],
+    }
     config = FlowMatchingConfig(
         train=TrainConfig(
             seconds=recipe.seconds,
             lr=recipe.lr,
             ema=recipe.ema,
             seed=recipe.seed,
+            inputs=json_digest(learnt_from),
             evaluate_every_s=recipe.seconds / CURVE_POINTS,
             compile=recipe.compile,
         ),
@@ -159,10 +165,18 @@ def _autoencoder(recipe: TrainRecipe, pictures: Pictures, work: Path) -> tuple[A
     if recipe.autoencoder != "small":
         stage = Stage("autoencoder", {"kind": "kl"}, tool_versions("diffusers"))
         return autoencoders.load_kl(recipe.autoencoder).to(dtype).float(), (stage,)
-    autoencoder, file = SmallAutoencoder(SmallAutoencoderConfig()), work / "autoencoder.final.safetensors"
-    defaults = AutoencoderTraining()
-    limits = replace(defaults.train, seconds=recipe.autoencoder_seconds, seed=recipe.seed, compile=recipe.compile)
+    autoencoder, defaults = SmallAutoencoder(SmallAutoencoderConfig()), AutoencoderTraining()
+    learnt_from = json_digest({"data": pictures.split.names, "batch": recipe.autoencoder_batch})
+    limits = replace(
+        defaults.train,
+        seconds=recipe.autoencoder_seconds,
+        seed=recipe.seed,
+        inputs=learnt_from,
+        compile=recipe.compile,
+    )
     config = replace(defaults, train=limits, batch=recipe.autoencoder_batch)
+    key = json_digest([recipe.autoencoder_seconds, recipe.seed, learnt_from])
+    file = work / f"autoencoder-{key[:8]}.safetensors"
     if not file.exists():
         count, checkpoint = len(pictures.split.names), work / "autoencoder.safetensors"
         autoencoder, _ = train_autoencoder(autoencoder, pictures, count, config, checkpoint)
@@ -187,11 +201,14 @@ def distill(recipe: DistillRecipe, teacher_spec: str, split: Split, out: Path) -
         data = encode_split(split, teacher.autoencoder, cache, teacher.size, processes.device)
     identity = getattr(teacher, "digest", "") or teacher_spec
     store, store_config = _store(recipe, teacher, identity, data, work)
+    inputs = {"teacher": identity} | ({"init": origin.digest} if origin else {})
+    learnt_from = {"inputs": inputs, "store": asdict(store_config), "data": split.names, "batch": recipe.batch}
+    learnt_from["perceptual_weight"] = config.perceptual_weight
+    config = replace(config, train=replace(config.train, inputs=json_digest(learnt_from)))
     name = f"{recipe.method}-{recipe.steps}" + (f"-{origin.digest[:8]}" if origin else "")
     student, history = train_student(student, data, store, config, work / f"{name}.safetensors")
 
     trained_on = {"trajectories": len(store.states), "store": asdict(store_config), "guidance": _guidance(teacher)}
-    inputs = {"teacher": identity} | ({"init": origin.digest} if origin else {})
     lineage = tuple(getattr(teacher, "lineage", ()))
     lineage += tuple(stage for stage in (origin.lineage if origin else ()) if stage not in lineage)
     lineage += (_stage("distill", config, history, split, inputs, trained_on),)

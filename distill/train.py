@@ -47,6 +47,7 @@ class TrainConfig:
     ema: float = 0.999
     precision: str = "bf16"  # autocast: "no" or "bf16"
     seed: int = 0
+    inputs: str = ""  # digest of what else a resumed run must share: data, batches, the networks it learns from
     save_every_s: float = 60.0
     evaluate_every_s: float = 0.0  # of training; 0: never
     compile: bool = False  # by torch.compile: a minute at the start, fewer and larger kernels after it

@@ -30,18 +30,19 @@ def to_typed(model: onnx.ModelProto) -> onnx.ModelProto:
 def _hold_scales(model: onnx.ModelProto) -> None:
     """Raise scales that FP16 cannot hold, and round the weights behind them again: a channel of zeros stays one."""
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-            continue
-        scale = numpy_helper.to_array(tensors[node.input[1]])
+    nodes = [node for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    scales = {node.input[1]: numpy_helper.to_array(tensors[node.input[1]]) for node in nodes}  # as they were
+    for node in nodes:
+        scale = scales[node.input[1]]
         if scale.min() >= SMALLEST:
             continue
         held = np.maximum(scale, SMALLEST)
         weight = tensors.get(node.input[0])
         if weight:
-            axis = next(attribute.i for attribute in node.attribute if attribute.name == "axis")
+            axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
             values = numpy_helper.to_array(weight)
             shape = [-1 if place == axis % values.ndim else 1 for place in range(values.ndim)]
-            rounded = np.round(values * (scale / held).reshape(shape)).astype(values.dtype)
+            shrink = (scale / held).reshape(shape if scale.ndim else ())
+            rounded = np.round(values * shrink).astype(values.dtype)
             weight.CopyFrom(numpy_helper.from_array(rounded, weight.name))
         tensors[node.input[1]].CopyFrom(numpy_helper.from_array(held, node.input[1]))

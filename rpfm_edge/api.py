@@ -25,9 +25,12 @@ from rpfm_edge.splits import open_splits
 from rpfm_edge.validate import validate as _validate
 
 
-def doctor() -> dict[str, Any]:
-    """What is installed, which backends work, what to do about those that do not."""
-    return _doctor.diagnose()
+def doctor(precision: str | None = None) -> dict[str, Any]:
+    """What is installed, which backends work, what to do about those that do not.
+
+    ``precision`` is the one that an engine is to be built in, such as ``"fp8"``: the advice says if the GPU has none.
+    """
+    return _doctor.diagnose(precision)
 
 
 def train(config: str | Path, data: str | Path, out: str | Path, **changes: Any) -> Artifact:

@@ -26,6 +26,10 @@ def build(
     """
     if not targets:
         raise ConfigError("no target", expected=f"one of {sorted(runtimes.BACKENDS)}", fix="give --target")
+    if idle := sorted(set(options or {}) - set(targets)):
+        raise ConfigError(
+            f"options of {idle[0]!r}, which is no target", expected=f"one of {list(targets)}", fix="correct the name"
+        )
     source = artifact.load(assets.resolve(graph), "graph", "bundle")
     backends = dict(source.config.get("backends", {}))
     tools: dict[str, str] = {}

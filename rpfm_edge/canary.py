@@ -35,12 +35,17 @@ Tensors = Mapping[str, np.ndarray]
 
 def record(graph: Artifact) -> dict[str, np.ndarray] | None:
     """Tensor name → array, of every input and output of the graphs of ``graph``: the first pair of the packaged sample,
-    the artifact's noise. None without ONNX Runtime. Floats are FP16, and the inputs that were used are those rounded.
+    the artifact's noise. None without ONNX Runtime, or if it refuses a graph. Floats are FP16, and the inputs that were
+    used are those rounded.
     """
     try:
-        runtime = runtimes.load("onnxruntime")
+        return _record(graph)
     except BackendError:
         return None
+
+
+def _record(graph: Artifact) -> dict[str, np.ndarray]:
+    runtime = runtimes.load("onnxruntime")
     known: dict[str, np.ndarray] = {}
     for name, signature in graph.signatures.items():
         for spec in signature.inputs:

@@ -19,6 +19,7 @@ from rich.text import Text
 from rpfm_edge import api
 from rpfm_edge.errors import RpfmError
 from rpfm_edge.frontier_table import lines
+from rpfm_edge.options import parse_options
 from rpfm_edge.validate import plural
 
 app = typer.Typer(
@@ -35,15 +36,18 @@ Data = Annotated[str, typer.Option(help="Root of a data set in one of DeepFashio
 Out = Annotated[Path, typer.Option(help="Where to write the result.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every draw.")]
-Backend = Annotated[Optional[str], typer.Option(help="openvino, onnxruntime or torch; default: those of the bundle.")]  # noqa: UP045
+Backend = Annotated[Optional[str], typer.Option(help="One of the bundle's backends; default: all, or the first.")]  # noqa: UP045
 
 
 @app.command()
-def doctor(json: Json = False) -> None:
+def doctor(
+    precision: Annotated[Optional[str], typer.Option(help="Also say whether the GPU has it, such as fp8.")] = None,  # noqa: UP045
+    json: Json = False,
+) -> None:
     """Say what is installed, which backends work, and what to do about those that do not."""
     from rpfm_edge import doctor as module
 
-    diagnosis = api.doctor()
+    diagnosis = api.doctor(precision)
     _finish(diagnosis, json) if json else module.render(diagnosis)
 
 
@@ -110,12 +114,19 @@ def quantize(
 @app.command()
 def build(
     graph: Annotated[str, typer.Argument(help="A graph artifact, or a bundle to add a backend to.")],
-    target: Annotated[list[str], typer.Option(help="openvino, onnxruntime or torch; may be given several times.")],
+    target: Annotated[
+        list[str],
+        typer.Option(help="openvino, onnxruntime, tensorrt, torch-tensorrt or torch; may be given several times."),
+    ],
     out: Out,
+    option: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="BACKEND.NAME=VALUE, such as tensorrt.workspace_mib=1024; may be given several times."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Compile a graph for one or more backends into a bundle."""
-    _made(api.build(graph, out, target), json)
+    _made(api.build(graph, out, target, parse_options(option or ())), json)
 
 
 @app.command()

@@ -20,7 +20,7 @@ else:
 
 Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS = get_args(Precision)
-Backend = Literal["openvino", "onnxruntime", "torch"]
+Backend = Literal["openvino", "onnxruntime", "tensorrt", "torch-tensorrt", "torch"]
 T = TypeVar("T")
 
 
@@ -97,7 +97,13 @@ class BuildTable:
     targets: tuple[Backend, ...] = ("openvino", "onnxruntime")
     openvino: Mapping[str, Any] = field(default_factory=dict)
     onnxruntime: Mapping[str, Any] = field(default_factory=dict)
+    tensorrt: Mapping[str, Any] = field(default_factory=dict)
+    torch_tensorrt: Mapping[str, Any] = field(default_factory=dict)
     torch: Mapping[str, Any] = field(default_factory=dict)
+
+    def options(self, backend: str) -> dict[str, Any]:
+        """Those of [build.BACKEND], with _ for - in the backend's name."""
+        return dict(getattr(self, backend.replace("-", "_")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,13 +186,18 @@ def load_recipe(path: Path | str) -> Recipe:
     return recipe
 
 
+RESERVED = ("teacher", "data")
+
+
 def _check_names(recipe: Recipe, where: str) -> None:
     """Every distilled student has a name of its own, and starts from one that is there by then."""
     earlier: list[str] = []
     for entry in recipe.distill:
         name = entry.name or entry.method
-        if not re.fullmatch(r"[\w-]+", name) or name in earlier:
-            problem = "is there twice" if name in earlier else "cannot be a folder"
+        if not re.fullmatch(r"[\w-]+", name) or name in (*earlier, *RESERVED):
+            problem = (
+                "is there twice" if name in earlier else "is reserved" if name in RESERVED else "cannot be a folder"
+            )
             raise ConfigError(
                 f"{where} [[distill]]: name {name!r} {problem}",
                 expected="a name of its own, of letters, digits, - and _",

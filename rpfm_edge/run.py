@@ -13,6 +13,8 @@ from rpfm_edge import api
 from rpfm_edge.artifact import json_digest
 from rpfm_edge.evidence import judge, render_picture, write_page
 from rpfm_edge.gain import GainConfig, measure_gain
+from rpfm_edge.keypoints import missing_pose
+from rpfm_edge.metrics import missing_metrics
 from rpfm_edge.recipe import Recipe, load_recipe
 from rpfm_edge.stages import Stages, identity
 
@@ -34,6 +36,7 @@ def run_recipe(path: Path) -> dict[str, Any]:
     evidence, config = out / "evidence.json", asdict(recipe)
     inputs: dict[str, str | Path] = {"teacher": teacher, "student": student, **bundles}
     judged = {k: config[k] for k in ("data", "seed", "validate", "bench", "quantize")}
+    judged["missing"] = _missing()
     stages.once("evidence", judged, inputs, evidence, lambda: judge(recipe, teacher, student, bundles, evidence))
 
     picture, bundle = out / "render.png", out / "bundle"
@@ -122,12 +125,17 @@ def _quantize(recipe: Recipe, stages: Stages, student: str) -> dict[str, Path]:
 def _build(recipe: Recipe, stages: Stages, precision: str, graph: Path) -> Path:
     chosen = precision == recipe.quantize.precision
     out = stages.folder / "bundle" if chosen else stages.folder / "bundles" / precision
-    options: dict[str, dict[str, Any]] = {name: dict(getattr(recipe.build, name)) for name in recipe.build.targets}
+    options: dict[str, dict[str, Any]] = {name: recipe.build.options(name) for name in recipe.build.targets}
     targets = list(recipe.build.targets)
     stages.once(
         f"build-{precision}", [targets, options], {"graph": graph}, out, lambda: api.build(graph, out, targets, options)
     )
     return out
+
+
+def _missing() -> list[str]:
+    """The measures that cannot be taken here; once they can, the evidence is taken again."""
+    return [*sorted(missing_metrics()), *(["pck"] if missing_pose() else [])]
 
 
 def _gain(recipe: Recipe, stages: Stages, teacher: str | Path, students: Mapping[str, Path]) -> None:
@@ -137,7 +145,7 @@ def _gain(recipe: Recipe, stages: Stages, teacher: str | Path, students: Mapping
     out, config = stages.folder / "gain.json", GainConfig(pairs=recipe.validate.pairs, seed=recipe.seed)
     stages.once(
         "gain",
-        [asdict(config), recipe.data],
+        [asdict(config), recipe.data, sorted(missing_metrics())],
         {"teacher": teacher, **students},
         out,
         lambda: measure_gain(teacher, students, recipe.data, out, config),

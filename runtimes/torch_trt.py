@@ -50,18 +50,14 @@ def build(graph: Artifact, name: str, engine: Path, options: Mapping[str, Any]) 
     """
     option = checked_options(options)
     require(graph, name)
-    made = _record(graph, name, option)
-    plan = trt_store.cached(made)
-    fresh = plan is None
-    if plan is None:
-        plan = compile_plan(graph, name, option)
-    trt_store.write(engine, plan, made)
-    known = canary.of(graph)
-    if known is not None:
-        with open(engine, graph.signatures[name], option) as session:
-            canary.check(graph, name, session, known, " ".join(*versions().items()))
-    if fresh:
-        trt_store.keep(made, plan)
+    made, known = _record(graph, name, option), canary.of(graph)
+
+    def compare() -> None:
+        if known is not None:
+            with open(engine, graph.signatures[name], option) as session:
+                canary.check(graph, name, session, known, " ".join(f"{k} {v}" for k, v in versions().items()))
+
+    trt_store.make(engine, made, lambda: compile_plan(graph, name, option), compare)
 
 
 @contextmanager

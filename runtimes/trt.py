@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +59,11 @@ def build(graph: Artifact, name: str, engine: Path, options: Mapping[str, Any]) 
     library, settings = load_library(option["library"]), _settings(option)
     source = graph_file(graph, name, library)
     here = None if settings.targets else device()
-    record = trt_store.record(library, here, settings, artifact.file_digest(source), _build_options(option))
-    plan = trt_store.cached(record)
-    fresh = plan is None
-    if plan is None:
-        plan = build_plan(library, source, settings, trt_store.timing_file(library, here))
-    trt_store.write(engine, plan, record)
-    if here:
-        _compare(graph, name, engine, option, library)
-    if fresh:
-        trt_store.keep(record, plan)
+    record = trt_store.record(library, here, settings, graph_digest(graph, source), _build_options(option))
+    compare = partial(_compare, graph, name, engine, option, library) if here else None
+    trt_store.make(
+        engine, record, lambda: build_plan(library, source, settings, trt_store.timing_file(library, here)), compare
+    )
 
 
 @contextmanager
@@ -116,6 +112,12 @@ def graph_file(graph: Artifact, name: str, library: Library) -> Path:
     """The ONNX file to build from: FP16 and INT8 (``typed/``) where there is one and the library is strongly typed."""
     typed = f"typed/{name}.onnx"
     return graph.file(typed if typed in graph.files and not library.precision_flags else f"{name}.onnx")
+
+
+def graph_digest(graph: Artifact, file: Path) -> str:
+    """sha256 over an ONNX file and the external data beside it."""
+    name = file.relative_to(graph.path).as_posix()
+    return artifact.json_digest({n: sha for n, sha in graph.files.items() if n.startswith(name)})
 
 
 def _settings(option: Mapping[str, Any]) -> Settings:

@@ -23,6 +23,7 @@ from runtimes.trt_api import Library
 from runtimes.trt_cuda import Cuda, DeviceArray
 
 SLOTS = 2
+LEGACY_STREAM = 1  # the default stream, by its number in the CUDA array interface
 DeviceFeeds = Mapping[str, Any]  # numpy arrays, or anything with __cuda_array_interface__
 
 
@@ -65,6 +66,7 @@ class Slot:
         )
         self.uploaded, self.done = cuda.event(), cuda.event()
         self.holds: dict[str, DeviceArray | None] = {}
+        self.fed: list[Any] = []  # arrays of callers on the GPU that the frame under way reads
         self.pending: Pending | None = None
         for name, array in (*self.inputs.items(), *self.outputs.items()):
             self.context.set_tensor_address(name, array.pointer)
@@ -86,6 +88,7 @@ class Slot:
         self.cuda.call("cudaEventSynchronize", self.done)
         outputs = {name: array.copy() for name, array in self.results.items()}
         self.pending = None
+        self.fed.clear()
         return outputs
 
     def free(self) -> None:
@@ -144,7 +147,8 @@ class Residents:
         own = ExitStack()
         held = self.cuda.device_array(array.shape, array.dtype.name, own)
         whole = np.ascontiguousarray(array)
-        self.cuda.copy(held.pointer, whole.ctypes.data, held.nbytes, self.stream)  # staged before it returns
+        self.cuda.copy(held.pointer, whole.ctypes.data, held.nbytes, self.stream)
+        self.cuda.call("cudaStreamSynchronize", self.stream)  # ``whole`` may be gone after this; once per identity
         self._known[id(array)] = (weakref.ref(array), held, own)
         return held
 
@@ -185,6 +189,7 @@ class TensorRTSession(GuardedSession):
         with self._lock:
             self.require_open()
             self._slots[0].free()
+            self._slots[0].holds.clear()  # the caller may write over what was there
             return dict(self._slots[0].inputs)
 
     def outputs(self, pending: Pending) -> dict[str, DeviceArray]:
@@ -244,7 +249,8 @@ class TensorRTSession(GuardedSession):
         buffer, described = slot.inputs[name], getattr(array, "__cuda_array_interface__", None)
         if described is not None:
             slot.holds[name] = None
-            self._follow(slot, described.get("stream"))
+            slot.fed.append(array)  # or its owner could use the memory again while it is being copied
+            self._follow(slot, described.get("stream", LEGACY_STREAM))
             if described["data"][0] != buffer.pointer:
                 self.cuda.copy(buffer.pointer, described["data"][0], buffer.nbytes, self._uploads)
         elif is_frozen(array):
@@ -258,7 +264,11 @@ class TensorRTSession(GuardedSession):
             self.cuda.copy(buffer.pointer, slot.staged[name].ctypes.data, buffer.nbytes, self._uploads)
 
     def _follow(self, slot: Slot, stream: int | None) -> None:
-        """Wait, on the GPU, for what the owner of an array has started on ``stream`` (1 and 2 are the default ones)."""
+        """Wait, on the GPU, for what the owner of an array has started on ``stream`` (1 and 2 are the default ones).
+
+        An array that names none, as torch's, is taken to be written on the legacy default stream; None is for an owner
+        that has finished.
+        """
         if stream is not None:
             self.cuda.call("cudaEventRecord", slot.uploaded, stream)
             self.cuda.call("cudaStreamWaitEvent", self._uploads, slot.uploaded, 0)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rpfm_edge import artifact
-from rpfm_edge.errors import ArtifactError, BackendError
+from rpfm_edge.errors import ArtifactError, BackendError, ParityError
 from runtimes.cache import cache_folder
 from runtimes.trt_api import Library
 from runtimes.trt_build import Settings
@@ -29,7 +29,7 @@ def record(
 
     Args:
         here: the GPU that it is built on, None if it is built for ``settings.targets`` elsewhere.
-        graph: sha256 of the ONNX file.
+        graph: sha256 of the ONNX file and its external data.
         options: those that change the plan.
     """
     return {
@@ -40,6 +40,7 @@ def record(
         "portable": library.portable,
         "graph": graph,
         "options": dict(options),
+        "tools": artifact.tool_versions("onnx", "torch"),  # what rewrites graphs on the way to the plan
     }
 
 
@@ -121,6 +122,33 @@ def cached(made: Record) -> bytes | None:
         return None
     plan = path.read_bytes()
     return plan if hashlib.sha256(plan).hexdigest() == path.with_suffix(".sha256").read_text().strip() else None
+
+
+def make(engine: Path, made: Record, build: Callable[[], bytes], compare: Callable[[], None] | None) -> None:
+    """Write the plan of ``made`` into ``engine``: from the cache, or by ``build``; then ``compare`` it.
+
+    A plan of the cache that is found wrong is forgotten and built again, once.
+
+    Raises:
+        ParityError: ``compare`` found the engine wrong.
+    """
+    if plan := cached(made):
+        write(engine, plan, made)
+        try:
+            return compare() if compare else None
+        except ParityError:
+            forget(made)
+    plan = build()
+    write(engine, plan, made)
+    if compare:
+        compare()
+    return keep(made, plan)
+
+
+def forget(made: Record) -> None:
+    """Take a plan that turned out to be wrong out of the cache."""
+    if path := _cache_file(made):
+        path.unlink(missing_ok=True)
 
 
 def keep(made: Record, plan: bytes) -> None:

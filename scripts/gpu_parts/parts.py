@@ -143,15 +143,21 @@ def _of_case(case: Case, options: Options) -> Iterator[Part]:
     torch = {"dtype": options.dtype, "contenders": list(options.contenders)}
     yield Part(
         f"reference {name}",
-        lambda: {"student": _digest(case.student), "teacher": _digest(case.teacher), **drawn},
+        lambda: _origins(case) | drawn,
         lambda check: reference(check, case),
     )
     yield Part(
         f"frame {name}",
-        lambda: _digests(options, case) | torch | {"rounds": options.rounds, "frames": options.frames},
+        lambda: _digests(options, case) | _origins(case) | torch | {"rounds": options.rounds, "frames": options.frames},
         lambda check: frame(check, case),
     )
-    yield Part(f"drift {name}", lambda: _digests(options, case) | drawn, lambda check: drift(check, case))
+    yield Part(
+        f"drift {name}", lambda: _digests(options, case) | _origins(case) | drawn, lambda check: drift(check, case)
+    )
+
+
+def _origins(case: Case) -> dict[str, Any]:
+    return {"student": _digest(case.student), "teacher": _digest(case.teacher)}
 
 
 def _build_key(options: Options, case: Case, precision: str) -> dict[str, Any]:

@@ -112,3 +112,13 @@ def test_perceptual_weight_is_recorded(
     recipe = replace(QUICK, method="endpoint", steps=1, perceptual_weight=0.0, store=str(folder / "store"))
     made = distill(replace(recipe, cache=str(folder / "cache")), str(teacher.path), splits[0], folder / "plain")
     assert made.lineage[-1].config["perceptual_weight"] == 0.0
+
+
+def test_unfinished_training_on_other_inputs_is_refused(
+    teacher: Artifact, splits: tuple[Split, Split], folder: Path
+) -> None:
+    """Zero steps would be trained, and the record would name a batch that no step has seen."""
+    recipe = replace(QUICK, cache=str(folder / "cache"), store=str(folder / "store-2"))
+    distill(recipe, str(teacher.path), splits[0], folder / "other")
+    with pytest.raises(ConfigError, match="was trained with other settings"):
+        distill(replace(recipe, batch=16), str(teacher.path), splits[0], folder / "other")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,19 @@ def test_the_typed_graph_goes_first(make_graph: Any) -> None:
     assert trt.graph_file(typed, "frame", old) == graph.path / "frame.onnx"
 
 
+def test_external_weights_are_part_of_the_key(tiny_graph: Artifact) -> None:
+    file = tiny_graph.file("frame.onnx")
+    files = [{**tiny_graph.files, "frame.onnx.data": sha} for sha in ("0" * 64, "1" * 64)]
+    keys = {trt.graph_digest(replace(tiny_graph, files=one), file) for one in (tiny_graph.files, *files)}
+    assert len(keys) == 3
+
+
 def test_builds_for_another_gpu(graph: Artifact, engine: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx")
     trt.build(graph, "frame", engine, CROSS)
     made = json.loads((engine / "plan.json").read_text())
     assert {file.name for file in engine.iterdir()} == {"model.plan", "plan.json"}
-    assert made["graph"] == file_digest(graph.file("frame.onnx"))
+    assert made["graph"] == trt.graph_digest(graph, graph.file("frame.onnx"))
     assert made["plan"] == file_digest(engine / "model.plan")
     assert (made["device"], made["targets"]) == (None, ["8.6"])
     monkeypatch.setattr(trt, "device", lambda: Device("Orin", "8.7", "12.6"))

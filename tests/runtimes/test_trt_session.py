@@ -7,6 +7,7 @@ shows that, and that CUDA and TensorRT are called as they want to be.
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -267,3 +268,45 @@ def test_an_error_of_the_gpu(session: TensorRTSession, cuda: FakeCuda) -> None:
     cuda.fail["cudaGraphLaunch"] = FAILURE
     with pytest.raises(BackendError, match=r"cudaGraphLaunch failed \(unknown error\): expected a working GPU"):
         session.run(feeds(0))
+
+
+class Drawn:
+    """An array on the GPU of an owner that names no stream, as torch's (version 2 of the interface)."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        array = self.array
+        return {"data": (array.ctypes.data, False), "shape": array.shape, "typestr": array.dtype.str, "version": 2}
+
+
+def test_an_array_of_an_owner_without_a_stream_is_waited_for(session: TensorRTSession, cuda: FakeCuda) -> None:
+    waits = "cudaStreamWaitEvent"
+    session.run(feeds(0))
+    of_a_frame = cuda.calls[waits]
+    session.enqueue({**feeds(1), "pose": Drawn(feeds(1)["pose"])}).wait()
+    assert cuda.calls[waits] == 2 * of_a_frame + 1
+
+
+def test_an_array_on_the_gpu_lives_as_long_as_its_frame(session: TensorRTSession) -> None:
+    drawn = Drawn(feeds(0)["pose"])
+    alive = weakref.ref(drawn)
+    frame = session.enqueue({**feeds(0), "pose": drawn})
+    del drawn
+    gc.collect()
+    assert alive() is not None
+    np.testing.assert_array_equal(frame.wait()["image"], compute(feeds(0))["image"])
+    gc.collect()
+    assert alive() is None
+
+
+def test_buffers_forget_who_was_in_them(session: TensorRTSession) -> None:
+    person, pose = session.keep(feeds(0)["source_kv"]), feeds(1)["pose"]
+    for _ in range(2):
+        session.run({"pose": pose, "source_kv": person})
+    buffer = session.buffers()["source_kv"]
+    view(buffer.pointer, buffer.shape, buffer.dtype)[...] = 7
+    expected = compute({"pose": pose, "source_kv": feeds(0)["source_kv"]})["image"]
+    np.testing.assert_array_equal(session.run({"pose": pose, "source_kv": person})["image"], expected)

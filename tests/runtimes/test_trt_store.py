@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rpfm_edge import artifact
-from rpfm_edge.errors import ArtifactError, BackendError
+from rpfm_edge.errors import ArtifactError, BackendError, ParityError
 from runtimes import trt_store
 from runtimes.trt_api import Library
 from runtimes.trt_build import Settings
@@ -143,3 +143,27 @@ def test_one_timing_cache_for_each_gpu_and_version() -> None:
     assert len(set(files)) == 3
     assert files[0] == files[3]
     assert trt_store.timing_file(FULL, None) is None
+
+
+def test_a_cached_plan_that_is_wrong_is_built_again(engine: Path) -> None:
+    wrong, tried = b"ftrt of an older version", []
+
+    def compare() -> None:
+        tried.append(trt_store.read(engine)[0])
+        if tried[-1] == wrong:
+            raise ParityError("wrong", expected="right", fix="build it")
+
+    trt_store.keep(record(), wrong)
+    trt_store.make(engine, record(), lambda: PLAN, compare)
+    assert tried == [wrong, PLAN]
+    assert trt_store.cached(record()) == PLAN
+    trt_store.make(engine, record(), pytest.fail, compare)
+
+
+def test_a_wrong_plan_is_not_cached(engine: Path) -> None:
+    def compare() -> None:
+        raise ParityError("wrong", expected="right", fix="build it")
+
+    with pytest.raises(ParityError):
+        trt_store.make(engine, record(), lambda: PLAN, compare)
+    assert trt_store.cached(record()) is None
