@@ -273,7 +273,7 @@ def _memory(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if total and free is not None and total < SMALL_MODULE_BYTES and free < BUILD_BYTES:
         problem = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free: TensorRT's builder may run out of memory"
         desktop = "stop the desktop (sudo systemctl isolate multi-user.target) and other programs"
-        yield problem, f"before building, {desktop}, or lower the option workspace_mib of the backend"
+        yield problem, f"before building, {desktop}, or give --option tensorrt.workspace_mib=1024"
 
 
 def _throttling(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
