@@ -94,8 +94,8 @@ def test_advice_for_an_orin_nano(orin: Path) -> None:
         ("the clocks follow the load (jetson_clocks is off), so times vary", "run: sudo jetson_clocks"),
         (
             "3.1 of 7.4 GiB are free: TensorRT's builder may run out of memory",
-            "before building, stop the desktop (sudo systemctl isolate multi-user.target) and other programs, or lower "
-            "the option workspace_mib of the backend",
+            "before building, stop the desktop (sudo systemctl isolate multi-user.target) and other programs, or give "
+            "--option tensorrt.workspace_mib=1024",
         ),
         (
             "over-current events since boot (oc3 37), each of which held the clocks down for a moment",

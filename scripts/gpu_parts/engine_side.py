@@ -12,6 +12,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,9 @@ def load_pairs(file: str) -> tuple[Pairs, dict[str, np.ndarray]]:
 def images(bundle: str, backend: str, pairs: str, out: str) -> dict[str, Any]:
     """Write what the bundle makes of the pairs: ``images`` (n, H, W, 3) uint8."""
     found = bundle_images(bundle, backend, load_pairs(pairs)[0])
-    with Path(out).open("wb") as stream:
-        np.savez(stream, images=found)
+    stream = BytesIO()
+    np.savez(stream, images=found)
+    artifact.write_bytes(Path(out), stream.getvalue())
     return {"count": len(found)}
 
 

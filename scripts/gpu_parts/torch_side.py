@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,10 @@ def reference(case: str, data: str, count: int, out: str) -> dict[str, Any]:
     noise = np.load(bundle.file("noise.npy"), allow_pickle=False)
     frame = student_images(chosen.student, pairs.sources[:1], pairs.skeletons[:1], noise, [chosen.steps])[chosen.steps]
     arrays = {name: getattr(pairs, name) for name in ("sources", "skeletons", "truths", "noise", "poses")}
-    with Path(out).open("wb") as stream:
-        made = {"teacher": teacher, "student": student, "frame": frame[0], "bundle_noise": noise}
-        np.savez(stream, names=np.array(pairs.names), **arrays, **made)
+    made = {"teacher": teacher, "student": student, "frame": frame[0], "bundle_noise": noise}
+    stream = BytesIO()
+    np.savez(stream, names=np.array(pairs.names), **arrays, **made)
+    artifact.write_bytes(Path(out), stream.getvalue())
     judged = {"stage": "student, torch fp32", **measure_stage(student, teacher, pairs, (), ())}
     return {"stages": [*stages, judged], **circumstances(pairs)}
 
