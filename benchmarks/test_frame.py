@@ -11,13 +11,15 @@ import numpy as np
 import openvino
 
 from rpfm_edge import artifact
-from rpfm_edge.measure import Latency, interleaved
+from rpfm_edge.frontier import steady
+from rpfm_edge.measure import Latency
 from rpfm_edge.pipeline import Person, Pipeline
 from rpfm_edge.pose import draw_skeleton
 from rpfm_edge.splits import open_splits
 from runtimes import ov
 
 SPEEDUP, OVERHEAD = 3.0, 0.05  # at least, at most
+WARMUP = 5
 
 
 def opened(stack: ExitStack, bundle: Path, backend: str, data: str) -> tuple[Pipeline, Person, np.ndarray]:
@@ -36,17 +38,6 @@ def rows(times: Mapping[str, Latency]) -> list[list[str]]:
     ]
 
 
-def steady(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Latency]:
-    """``interleaved``, with each call three times in a row and the middle one kept.
-
-    So it follows one of its own and not another library's, whose threads still spin for a while and whose weights fill
-    the cache; that is how frames follow each other in a stream.
-    """
-    turns = {(name, k): call for name, call in calls.items() for k in range(3)}
-    times = interleaved(turns, rounds)  # type: ignore[arg-type]
-    return {name: times[name, 1] for name in calls}  # type: ignore[index]
-
-
 HEADER = ("call", "p50 ms", "p95 ms", "p99 ms", "per second", "stable")
 
 
@@ -59,7 +50,7 @@ def test_engine_against_eager_torch(benchmark: Any, conclude: Any, bundles: dict
         for name, (precision, backend) in cases.items():
             pipe, person, pose = opened(stack, bundles[precision], backend, chosen.data)
             calls[name] = lambda pipe=pipe, person=person, pose=pose: pipe.render(person, pose)  # type: ignore[misc]
-        times = benchmark.pedantic(steady, (calls, chosen.rounds), rounds=1)
+        times = benchmark.pedantic(steady, (calls, chosen.rounds, WARMUP), rounds=1)
     torch_s = times["torch fp32, eager"].p50_s
     ratios = {name: torch_s / t.p50_s for name, t in times.items() if name.startswith("openvino")}
     conclude(
@@ -97,7 +88,7 @@ def test_python_around_the_engine(benchmark: Any, conclude: Any, bundles: dict[s
             "Pipeline.render_skeleton": lambda: pipe.render_skeleton(person, skeleton),
             "Pipeline.render": lambda: pipe.render(person, pose),
         }
-        times = benchmark.pedantic(steady, (calls, chosen.rounds), rounds=1)
+        times = benchmark.pedantic(steady, (calls, chosen.rounds, WARMUP), rounds=1)
         np.testing.assert_array_equal(image[0], pipe.render(person, pose))  # both did the same work
     bare_s = np.array(times["bare engine"].values_s)
     shares = {name: float(np.median(np.array(t.values_s) - bare_s)) / t.p50_s for name, t in times.items()}

@@ -17,12 +17,11 @@ import numpy as np
 from rpfm_edge import artifact, assets, measure, metrics
 from rpfm_edge.artifact import json_digest, write_text
 from rpfm_edge.data import Split
-from rpfm_edge.errors import ConfigError, InputError
-from rpfm_edge.pose import draw_skeleton
+from rpfm_edge.errors import ConfigError
 from rpfm_edge.progress import progress
 from rpfm_edge.splits import open_splits
 from rpfm_edge.stages import identity
-from rpfm_edge.validate import Pairs
+from rpfm_edge.validate import Pairs, read_pairs, shuffled_pairs
 
 STEPS = (1, 2, 4, 8)
 TARGETS = {1: 1.05, 4: 1.01}  # steps → error against the truth, in multiples of the teacher's
@@ -70,7 +69,7 @@ def measure_gain(
             file = work / f"{key}-{number:05d}.json"
             part = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"pairs": []}
             if len(part["pairs"]) != len(indices):  # the last chunk of a shorter measurement
-                part = _measure_chunk(teacher, students, _read(test, indices, noise, size), config, names)
+                part = _measure_chunk(teacher, students, read_pairs(test, indices, noise, size), config, names)
                 write_text(file, json.dumps(part))
             parts.append(part)
             advance(sum(len(p["pairs"]) for p in parts))
@@ -107,23 +106,10 @@ def draw_chunks(split: Split, latent_shape: Sequence[int], config: GainConfig) -
             f"{config.pairs} pairs in chunks of {config.chunk}", expected="at least 1 of each", fix="ask for more"
         )
     rng = np.random.default_rng(config.seed)
-    visible = [(int(s), int(t)) for s, t in split.pairs if np.isfinite(split.keypoints[t]).any()]
-    if not visible:
-        raise InputError(f"{split.root} has no pairs", expected="pairs to judge on", fix="check its pairs file")
-    order = rng.permutation(len(visible))[: config.pairs]
-    for start in range(0, len(order), config.chunk):
-        indices = [visible[i] for i in order[start : start + config.chunk]]
+    chosen = shuffled_pairs(split, config.pairs, rng)
+    for start in range(0, len(chosen), config.chunk):
+        indices = chosen[start : start + config.chunk]
         yield indices, rng.standard_normal((len(indices), *latent_shape), dtype=np.float32)
-
-
-def _read(split: Split, indices: Indices, noise: np.ndarray, size: tuple[int, int]) -> Pairs:
-    return Pairs(
-        names=[(split.names[s], split.names[t]) for s, t in indices],
-        sources=np.stack([split.image(s, size) for s, _ in indices]),
-        skeletons=np.stack([draw_skeleton(split.pose(t, size), size) for _, t in indices]),
-        truths=np.stack([split.image(t, size) for _, t in indices]),
-        noise=noise,
-    )
 
 
 def _measure_chunk(

@@ -50,18 +50,27 @@ def draw_pairs(split: Split, count: int, size: tuple[int, int], latent_shape: It
     if count < 1:
         raise ConfigError(f"{count} pairs", expected="at least 1", fix="ask for more, such as 32")
     rng = np.random.default_rng(seed)
-    visible = [pair for pair in split.pairs if np.isfinite(split.keypoints[pair[1]]).any()]
+    chosen = shuffled_pairs(split, count, rng)
+    return read_pairs(split, chosen, rng.standard_normal((len(chosen), *latent_shape), dtype=np.float32), size)
+
+
+def shuffled_pairs(split: Split, count: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """Source and target of ``count`` pairs, drawn without replacement from those with a visible joint in the target."""
+    visible = [(int(s), int(t)) for s, t in split.pairs if np.isfinite(split.keypoints[t]).any()]
     if not visible:
         raise InputError(f"{split.root} has no pairs", expected="pairs to validate on", fix="check its pairs file")
-    order = rng.permutation(len(visible))[:count]
-    chosen = [visible[i] for i in order]
-    poses = np.stack([split.pose(int(t), size) for _, t in chosen])
+    return [visible[i] for i in rng.permutation(len(visible))[:count]]
+
+
+def read_pairs(split: Split, indices: Sequence[tuple[int, int]], noise: np.ndarray, size: tuple[int, int]) -> Pairs:
+    """The pictures of pairs (source, target), with a noise (n, C, h, w) for each."""
+    poses = np.stack([split.pose(t, size) for _, t in indices])
     return Pairs(
-        names=[(split.names[s], split.names[t]) for s, t in chosen],
-        sources=np.stack([split.image(int(s), size) for s, _ in chosen]),
+        names=[(split.names[s], split.names[t]) for s, t in indices],
+        sources=np.stack([split.image(s, size) for s, _ in indices]),
         skeletons=np.stack([draw_skeleton(pose, size) for pose in poses]),
-        truths=np.stack([split.image(int(t), size) for _, t in chosen]),
-        noise=rng.standard_normal((len(chosen), *latent_shape), dtype=np.float32),
+        truths=np.stack([split.image(t, size) for _, t in indices]),
+        noise=noise,
         poses=poses,
     )
 

@@ -52,7 +52,7 @@ def test_chunks_are_the_pairs_of_every_other_figure() -> None:
     chunks = list(draw_chunks(test, NETWORK.latent_shape, CONFIG))
     assert [len(indices) for indices, _ in chunks] == [2, 2, 1]
     np.testing.assert_array_equal(np.concatenate([noise for _, noise in chunks]), whole.noise)
-    read = [gain._read(test, *chunk, SIZE) for chunk in chunks]
+    read = [gain.read_pairs(test, *chunk, SIZE) for chunk in chunks]
     assert [name for pairs in read for name in pairs.names] == whole.names
     for part in ("sources", "skeletons", "truths"):
         np.testing.assert_array_equal(np.concatenate([getattr(p, part) for p in read]), getattr(whole, part))
@@ -93,7 +93,7 @@ def test_half_precision_is_near_and_not_the_same(
 def test_it_continues_and_grows(
     models: dict[str, Path], found: tuple[dict[str, Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, counted = gain._read, []
+    read, counted = gain.read_pairs, []
 
     def watched(split: Any, indices: Any, *rest: Any) -> Any:
         counted.append(len(indices))
@@ -101,7 +101,7 @@ def test_it_continues_and_grows(
             raise KeyboardInterrupt
         return read(split, indices, *rest)
 
-    monkeypatch.setattr(gain, "_read", watched)
+    monkeypatch.setattr(gain, "read_pairs", watched)
     out = tmp_path / "gain.json"
     with pytest.raises(KeyboardInterrupt):
         measured(models, out)
