@@ -58,10 +58,10 @@ def bundles(chosen: Chosen, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     folder = tmp_path_factory.mktemp("bundles")
     graph = api.quantize(chosen.student, chosen.data, folder / "fp32", "fp32", steps=1).path
     graphs = {"fp32": graph, "int8": api.quantize(graph, chosen.data, folder / "int8", "int8").path}
-    options = {name: {"threads": THREADS} for name in ("openvino", "torch")}
     targets = {"fp32": ["openvino", "torch"], "int8": ["openvino"]}
+    options = {precision: {name: {"threads": THREADS} for name in names} for precision, names in targets.items()}
     return {
-        precision: api.build(made, folder / f"bundle-{precision}", targets[precision], options).path
+        precision: api.build(made, folder / f"bundle-{precision}", targets[precision], options[precision]).path
         for precision, made in graphs.items()
     }
 
