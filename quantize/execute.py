@@ -25,3 +25,8 @@ class Graph:
         """The first output."""
         output: np.ndarray = self._session.run(None, dict(feeds))[0]
         return output
+
+    def all(self, feeds: Feeds) -> list[np.ndarray]:
+        """Every output, in the graph's order."""
+        outputs: list[np.ndarray] = self._session.run(None, dict(feeds))
+        return outputs

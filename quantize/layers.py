@@ -54,9 +54,7 @@ def plan(model: onnx.ModelProto) -> Plan:
             expected="time embedding and modulations folded into constants",
             fix="export the student again",
         )
-    inputs = {tensor.name for tensor in model.graph.input}
-    first = {name for name in layers if before[name] & inputs}
-    joined = {other for name in first for other in before[name]} & layers
+    first, joined = _first(model, layers, before), _joined(model, layers, before)
     last = {
         other
         for output in model.graph.output
@@ -73,6 +71,15 @@ def plan(model: onnx.ModelProto) -> Plan:
     quantized = [name for name in products if name not in kept]
     _require(quantized, "layers to quantize", model)
     return Plan(tuple(quantized), tuple(name for name in products if name in kept))
+
+
+def heads(model: onnx.ModelProto) -> tuple[str, ...]:
+    """Outputs of the last linear layer of every step: the velocity in patches; none for a "prepare" graph."""
+    weights = constants(model)
+    products = [node for node in model.graph.node if node.op_type in PRODUCTS]
+    layers = {node.name for node in products if any(tensor in weights for tensor in node.input)}
+    joined = _joined(model, layers, neighbours(model))
+    return tuple(node.output[0] for node in products if node.name in joined and node.op_type != "Conv")
 
 
 def constants(model: onnx.ModelProto) -> set[str]:
@@ -93,6 +100,17 @@ def neighbours(model: onnx.ModelProto) -> dict[str, set[str]]:
             found = {node.name}
         reach |= dict.fromkeys(node.output, found)
     return before | {tensor.name: reach[tensor.name] for tensor in model.graph.output}
+
+
+def _first(model: onnx.ModelProto, layers: set[str], before: dict[str, set[str]]) -> set[str]:
+    """The layers that an input of the graph reaches."""
+    inputs = {tensor.name for tensor in model.graph.input}
+    return {name for name in layers if before[name] & inputs}
+
+
+def _joined(model: onnx.ModelProto, layers: set[str], before: dict[str, set[str]]) -> set[str]:
+    """The layers whose result meets an input of the graph on the way to the next layer."""
+    return {other for name in _first(model, layers, before) for other in before[name]} & layers
 
 
 def _stem(model: onnx.ModelProto, layers: set[str]) -> set[str]:

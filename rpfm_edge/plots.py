@@ -123,6 +123,61 @@ def frontier_png(found: Sequence[Point]) -> bytes:
     return _drawn(lambda axes: _frontier(axes, found, _LIGHT), columns, (6.4, 4.2), _LIGHT, save)
 
 
+class Layer(NamedTuple):
+    """A unit of a plan: its error alone (mean squared, in grey levels), the time it saves, whether it is INT8."""
+
+    name: str
+    mse: float
+    saved_ms: float
+    int8: bool
+
+
+def sensitivity_plot(label: str, layers: Sequence[Layer]) -> str:
+    """Time saved against the error of every unit by itself; filled marks are INT8 in the plan, open ones float.
+
+    The name stands beside the units with the largest errors and savings.
+    """
+
+    def draw(axes: Any) -> None:
+        for int8, word in ((True, "INT8"), (False, "float")):
+            found = [layer for layer in layers if layer.int8 == int8]
+            look = {"color": _SERIES[0]} if int8 else {"facecolors": "none", "edgecolors": _SERIES[1]}
+            axes.scatter([x.mse for x in found], [x.saved_ms for x in found], s=30, label=word, **look)
+        for layer in _outstanding(layers):
+            place = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": 8}
+            axes.annotate(layer.name, (layer.mse, layer.saved_ms), **place)
+        if all(layer.mse > 0 for layer in layers):
+            _log_axis(axes, "x")
+        axes.set_xlabel("squared error of the picture (grey levels²)")
+        axes.set_ylabel("time saved in a frame (ms)")
+
+    return _svg(label, draw, 2, (6.4, 4.2))
+
+
+def _outstanding(layers: Sequence[Layer], count: int = 5) -> set[Layer]:
+    by_error, by_time = (sorted(layers, key=key)[-count:] for key in (lambda x: x.mse, lambda x: x.saved_ms))
+    return {*by_error, *by_time}
+
+
+def plan_plot(label: str, candidates: Sequence[tuple[float, float, bool]], limit_db: float | None) -> str:
+    """Frame time (ms) against PSNR to the float graph, (ms, dB, chosen) each; a dashed line is the budget's limit."""
+
+    def draw(axes: Any) -> None:
+        finite = [(ms, db) for ms, db, _ in candidates if np.isfinite(db)]
+        axes.scatter(*zip(*finite, strict=True), s=25, color=_SERIES[0], label="candidate")
+        for ms, db, chosen in candidates:
+            if chosen and np.isfinite(db):
+                axes.scatter([ms], [db], s=140, facecolors="none", edgecolors=_SERIES[1], label="chosen")
+            if not np.isfinite(db):
+                axes.axvline(ms, linestyle=":", linewidth=1.2, color=_SERIES[2], label="FP32")
+        if limit_db is not None:
+            axes.axhline(limit_db, linestyle="--", linewidth=1, color=_SERIES[1], label="budget")
+        axes.set_xlabel("frame (ms)")
+        axes.set_ylabel("PSNR to the float graph (dB)")
+
+    return _svg(label, draw, 4, (6.4, 4.2))
+
+
 def _kinds(found: Sequence[Point]) -> tuple[list[str], list[str]]:
     """The backends and the precisions, in the order in which they come."""
     return list(dict.fromkeys(p.backend for p in found)), list(dict.fromkeys(p.precision for p in found))

@@ -1,0 +1,64 @@
+"""A graph artifact with some units in INT8 and the rest in float, by ``qdq.insert``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from shutil import copyfile
+from typing import Any, Literal
+
+import onnx
+
+from quantize.apply import FLOAT_ONLY, GRAPHS, TOOLS
+from quantize.qdq import insert
+from quantize.ranges import Estimator
+from quantize.typed import FOLDER as TYPED
+from quantize.typed import to_typed
+from quantize.units import chosen, units
+from rpfm_edge import artifact
+from rpfm_edge.artifact import Artifact, Stage, tool_versions
+
+Ranges = Mapping[str, Mapping[str, float]]  # graph → activation → magnitude of the last level
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Names of the INT8 units by graph, and how they are rounded (``qdq.insert``, ``ranges.Observed.range``)."""
+
+    int8: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    estimator: Estimator = "mse"
+    weights: Literal["half", "full"] = "half"
+    activations: Literal["signed", "unsigned"] = "signed"
+
+    def precisions(self, graph: str, names: list[str]) -> dict[str, str]:
+        """Unit → "int8" or "fp32"."""
+        return {name: "int8" if name in self.int8.get(graph, ()) else "fp32" for name in names}
+
+
+def write(graph: Artifact, assignment: Assignment, ranges: Ranges, out: Path, settings: Mapping[str, Any]) -> Artifact:
+    """Write the float ``graph`` with ``assignment`` to ``out``, and the same for strongly typed libraries beside it.
+
+    ``config`` then holds ``plan``: graph → unit → precision. ``settings`` go into the lineage.
+    """
+    plan, counts = {}, {}
+    with artifact.replacing_folder(out) as folder:
+        for name in GRAPHS:
+            model = onnx.load(graph.file(f"{name}.onnx"))
+            found = units(model)
+            products = chosen(found, assignment.int8.get(name, ()))
+            kinds = Counter(node.op_type for node in model.graph.node if node.name in products)
+            plan[name] = assignment.precisions(name, [unit.name for unit in found])
+            counts[name] = dict(sorted(kinds.items()))
+            mixed = insert(model, products, ranges[name], assignment.weights, assignment.activations)
+            onnx.save(mixed, folder / f"{name}.onnx")
+            if assignment.activations == "signed":
+                (folder / TYPED).mkdir(exist_ok=True)
+                onnx.save(to_typed(mixed), folder / TYPED / f"{name}.onnx")
+        copyfile(graph.file("noise.npy"), folder / "noise.npy")
+        config = {key: value for key, value in graph.config.items() if key not in FLOAT_ONLY}
+        config |= {"precision": "int8", "int8_layers": counts, "plan": plan}
+        stage = Stage("quantize", {"precision": "auto", **settings}, tool_versions(*TOOLS), {"graph": graph.digest})
+        artifact.seal(folder, "graph", config, graph.signatures, (*graph.lineage, stage))
+    return artifact.load(out, "graph")

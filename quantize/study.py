@@ -1,0 +1,128 @@
+"""What a plan of precisions stands on: ranges of activations, the best way to read them, and every unit's own error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import onnx
+
+from quantize import calibrate
+from quantize.execute import Graph
+from quantize.mixed import Assignment
+from quantize.plan import default_units
+from quantize.qdq import insert
+from quantize.ranges import Estimator, observe
+from quantize.sensitivity import Effect, Probe, sensitivity
+from quantize.units import Unit, chosen, matching, units
+from rpfm_edge.artifact import Artifact, json_digest, write_text
+from rpfm_edge.data import Split
+from rpfm_edge.signature import Feeds
+from rpfm_edge.stages import Stages
+from rpfm_edge.validate import Pairs
+
+PREPARE = "prepare"  # the whole of that graph stands among the units of the frame under this name
+
+
+@dataclass(frozen=True, slots=True)
+class StudyConfig:
+    """``samples`` calibrate, ``probes`` pairs show errors; ``keep``: patterns of units of the frame that stay float.
+
+    ``fused``: the target fuses attention in float and takes signed activations only, as TensorRT does.
+    """
+
+    samples: int = 64
+    probes: int = 8
+    keep: tuple[str, ...] = ()
+    fused: bool = False
+    seed: int = 0
+
+
+class Study:
+    """The numbers behind a plan for a float graph; what takes long is kept in the folder of ``stages``.
+
+    Attributes:
+        units: those of the frame that may become INT8.
+        ranges: estimator → graph → activation → magnitude of the last level, over the calibration samples.
+        estimators: estimator → mean squared error of the picture, in grey levels, with all units in INT8.
+        estimator: the one with the least error.
+        probes: feeds of the frame, prepared in float.
+    """
+
+    def __init__(self, graph: Artifact, calibration: Split, pairs: Pairs, config: StudyConfig, stages: Stages) -> None:
+        self.graph, self.config, self.stages = graph, config, stages
+        self.models = {name: onnx.load(graph.file(f"{name}.onnx")) for name in ("prepare", "frame")}
+        self.units = _allowed(self.models["frame"], config)
+        self.activations: Literal["signed", "unsigned"] = "signed" if config.fused else "unsigned"
+        self.ranges = self._ranges(calibration)
+        self._pairs = pairs
+        self.probes = self._feeds(self.models["prepare"])
+        self._probe = Probe(self.models["frame"], self.probes)
+        self.estimators = {name: self._error(name) for name in self.ranges}
+        self.estimator: Estimator = min(self.estimators, key=self.estimators.__getitem__)
+
+    def assignment(self, names: Sequence[str]) -> Assignment:
+        """These units in INT8, the usual ones of the prepare graph among them if ``PREPARE`` is there."""
+        prepare = default_units(self.models["prepare"]) if PREPARE in names else ()
+        frame = tuple(name for name in names if name != PREPARE)
+        return Assignment({"frame": frame, "prepare": prepare}, self.estimator, "half", self.activations)
+
+    def effects(self) -> list[Effect]:
+        """The error of every unit of the frame by itself, and of the prepare graph as a whole."""
+        drawn = [self._pairs.names[: len(self.probes)], self.ranges[self.estimator], self.activations]
+        work = self.stages.keep("sensitivity", json_digest([self.graph.digest, drawn]), self.stages.folder / "effects")
+        ranges = self.ranges[self.estimator]
+        found = sensitivity(self._probe, self.units, ranges["frame"], self.activations, work / "units.json")
+        prepare, names = self.models["prepare"], self.assignment([PREPARE]).int8["prepare"]
+        rounded = insert(prepare, chosen(units(prepare), names), ranges["prepare"], activations=self.activations)
+        whole = self._probe.effect(PREPARE, (), ranges["frame"], self.activations, self._feeds(rounded))
+        return [*found, whole]
+
+    def _ranges(self, calibration: Split) -> dict[Estimator, dict[str, dict[str, float]]]:
+        samples, out = self.stages.folder / "samples.safetensors", self.stages.folder / "ranges.json"
+        drawn = [self.config.samples, self.config.seed]
+        inputs: dict[str, str | Path] = {"graph": self.graph.path, "data": calibration.root}
+        self.stages.once(
+            "samples", drawn, inputs, samples, lambda: calibrate.record(self.graph, calibration, samples, *drawn)
+        )
+        self.stages.once("ranges", None, {"samples": samples}, out, lambda: self._observe(samples, out))
+        return dict(json.loads(out.read_text(encoding="utf-8")))
+
+    def _observe(self, samples: Path, out: Path) -> None:
+        recorded = calibrate.load(samples)
+        recorded.check(self.graph)
+        seen = {}
+        for name, model in self.models.items():
+            feeds = list(recorded.feeds(name))
+            seen[name] = observe(model, feeds, len(feeds))
+        found: dict[str, dict[str, dict[str, float]]] = {}
+        for estimator in get_args(Estimator):
+            for name, tensors in seen.items():
+                ranges = {tensor: one.range(estimator) for tensor, one in tensors.items()}
+                found.setdefault(estimator, {})[name] = ranges
+        write_text(out, json.dumps(found))
+
+    def _feeds(self, prepare: onnx.ModelProto) -> list[Feeds]:
+        graph, pairs = Graph(prepare), self._pairs
+        places = [slice(i, i + 1) for i in range(min(self.config.probes, len(pairs.names)))]
+        return [
+            {
+                "pose": pairs.skeletons[place],
+                "noise": pairs.noise[place],
+                "source_kv": graph({"source": pairs.sources[place]}),
+            }
+            for place in places
+        ]
+
+    def _error(self, estimator: Estimator) -> float:
+        products = chosen(self.units, [unit.name for unit in self.units])
+        return self._probe.effect("", products, self.ranges[estimator]["frame"], self.activations).mse
+
+
+def _allowed(frame: onnx.ModelProto, config: StudyConfig) -> tuple[Unit, ...]:
+    found = units(frame)
+    kept = matching(found, config.keep)
+    return tuple(unit for unit in found if unit.name not in kept and not (config.fused and unit.attention))

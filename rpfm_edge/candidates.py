@@ -1,0 +1,150 @@
+"""Candidates of a plan: each built for the target, rendered and judged once; all timed in turns."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import runtimes
+from rpfm_edge import artifact, bundle, measure
+from rpfm_edge.artifact import Artifact
+from rpfm_edge.bundle import size_bytes
+from rpfm_edge.frontier import steady
+from rpfm_edge.metrics import Budget
+from rpfm_edge.pipeline import Pipeline
+from rpfm_edge.signature import Feeds
+from rpfm_edge.stages import Stages
+from rpfm_edge.validate import Pairs, bundle_images, limited, measure_stage
+
+if TYPE_CHECKING:
+    from quantize.mixed import Assignment, Ranges
+    from rpfm_edge.runtime import LayerTime
+
+EXACT = "fp32"  # the name of the float candidate, which all are compared with
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class PlanConfig:
+    """How to plan.
+
+    Attributes:
+        target: the backend that has to be fast; ``options`` are its own.
+        budget: limits on the pictures, against those of the float graph on the same backend.
+        samples: calibration samples, of training people.
+        pairs: what candidates are judged on, of validation people; ``probes`` of them show the effect of every unit.
+        keep: names or patterns of units of the frame that stay float.
+        points: candidates at even distances, beside those where passing turns into failing.
+        rounds: of timing, at least.
+    """
+
+    target: str
+    budget: Budget
+    samples: int = 64
+    pairs: int = 24
+    probes: int = 8
+    keep: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    points: int = 8
+    rounds: int = 40
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Makes candidates of the float ``graph`` below the folder of ``stages``, and judges them on ``pairs``."""
+
+    graph: Artifact
+    pairs: Pairs
+    config: PlanConfig
+    stages: Stages
+
+    def exact(self) -> Row:
+        """The float graph itself."""
+        return self._judged(EXACT, self.graph.path)
+
+    def half(self) -> Row:
+        """The graph in FP16."""
+        from quantize import apply
+
+        out = self._folder("fp16") / "graph"
+        write = partial(apply.quantize, self.graph, "fp16", out)
+        self.stages.once("fp16-graph", None, {"graph": self.graph.path}, out, write)
+        return self._judged("fp16", out)
+
+    def mixed(self, name: str, assignment: Assignment, ranges: Ranges) -> Row:
+        """The graph with these units in INT8."""
+        from quantize import mixed
+
+        out = self._folder(name) / "graph"
+        settings = {"target": self.config.target, "estimator": assignment.estimator}
+        write = partial(mixed.write, self.graph, assignment, ranges, out, settings)
+        key = [asdict(assignment), artifact.json_digest(ranges)]
+        self.stages.once(f"{name}-graph", key, {"graph": self.graph.path}, out, write)
+        return self._judged(name, out)
+
+    def _folder(self, name: str) -> Path:
+        return self.stages.folder / "candidates" / name
+
+    def _judged(self, name: str, graph: Path) -> Row:
+        folder, target, options = self._folder(name), self.config.target, dict(self.config.options)
+        made, images = folder / "bundle", folder / "images.npy"
+        built_by = [target, options, runtimes.load(target).versions()]
+        build = partial(bundle.build, graph, [target], made, {target: options})
+        self.stages.once(f"{name}-bundle", built_by, {"graph": graph}, made, build)
+        drawn = [self.pairs.names, artifact.json_digest(self.pairs.noise.tolist())]
+        render = partial(self._render, made, images)
+        self.stages.once(f"{name}-images", [built_by, drawn], {"bundle": made}, images, render)
+        reference = np.load(self._folder(EXACT) / "images.npy")
+        drift = limited(measure_stage(np.load(images), reference, self.pairs, (), ()))
+        engines = size_bytes(artifact.load(made, "bundle", verify=False), target)
+        return {
+            "name": name,
+            "graph": str(graph),
+            "bundle": str(made),
+            "against_float": drift,
+            "violations": self.config.budget.check(drift),
+            "engine_bytes": engines,
+        }
+
+    def _render(self, made: Path, out: Path) -> None:
+        buffer = io.BytesIO()
+        np.save(buffer, bundle_images(made, self.config.target, self.pairs))
+        artifact.write_bytes(out, buffer.getvalue())
+
+    def frame_times(self, rows: Sequence[Row]) -> dict[str, measure.Latency]:
+        """Candidate → times of a frame (engine and copies; drawing the pose is the same for all), in turns."""
+        with ExitStack() as opened:
+            calls: dict[str, Callable[[], object]] = {}
+            for row in rows:
+                pipe = opened.enter_context(Pipeline.open(row["bundle"], self.config.target))
+                person = pipe.prepare(self.pairs.sources[0])
+                calls[row["name"]] = partial(pipe.render_skeleton, person, self.pairs.skeletons[0])
+            return steady(calls, self.config.rounds, warmup=2)
+
+    def prepare_times(self, rows: Sequence[Row]) -> dict[str, measure.Latency]:
+        """Candidate → times of preparing a person, in turns."""
+        with ExitStack() as opened:
+            calls: dict[str, Callable[[], object]] = {}
+            for row in rows:
+                pipe = opened.enter_context(Pipeline.open(row["bundle"], self.config.target))
+                calls[row["name"]] = partial(pipe.prepare, self.pairs.sources[0])
+            return steady(calls, 5, warmup=1)
+
+    def profiles(self, rows: Sequence[Row], graph: str, feeds: Feeds, repeats: int) -> list[list[list[LayerTime]]]:
+        """For every candidate its kernels' times in one of its graphs, ``repeats`` times, in turns."""
+        runtime = runtimes.load(self.config.target)
+        found: list[list[list[LayerTime]]] = [[] for _ in rows]
+        for _ in range(repeats):
+            for place, row in enumerate(rows):
+                made = artifact.load(row["bundle"], "bundle", verify=False)
+                engine = made.path / "engines" / self.config.target / graph
+                found[place].append(runtime.profile(engine, made.signatures[graph], dict(self.config.options), feeds))
+        return found

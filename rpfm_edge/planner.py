@@ -1,0 +1,252 @@
+"""The fastest precision per layer whose pictures still pass: measured on a device, with people that did not calibrate.
+
+1. Ranges of activations from training people; the estimator with the least error.
+2. What each unit of the frame costs in error, alone, and what it saves in time, by the backend's own profile.
+3. Candidates: the units that save most per error, more and more of them; each is built, rendered and judged by the
+   budget, and the border between passing and failing is bisected.
+4. All candidates and the float graphs timed in turns; the fastest that passes is kept.
+
+Everything but the times lies in a work folder and is not made again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import runtimes
+from rpfm_edge import artifact, measure
+from rpfm_edge.artifact import Artifact
+from rpfm_edge.bundle import EVIDENCE
+from rpfm_edge.candidates import EXACT, Candidates, PlanConfig, Row
+from rpfm_edge.errors import ArtifactError, BackendError, ConfigError
+from rpfm_edge.frontier_table import pareto, psnr
+from rpfm_edge.measure import Latency
+from rpfm_edge.metrics import Budget
+from rpfm_edge.splits import open_splits
+from rpfm_edge.stages import Stages, console
+from rpfm_edge.validate import draw_pairs
+
+if TYPE_CHECKING:
+    from quantize.sensitivity import Effect
+    from quantize.study import Study
+
+BUDGET = Budget(psnr_db_min=38.0, ssim_min=0.985)  # of the picture, against the float graph's
+FUSED = ("tensorrt", "torch-tensorrt")  # they fuse attention in FP16, and take signed INT8 only
+FRAMES_PER_PERSON = 300  # over which the time of prepare is spread: ten seconds of video
+TIE = 0.01  # of the fastest frame: below that times are equal, and the smaller error wins
+BISECTIONS, PROFILES = 4, 3
+
+
+def plan_precision(graph: Artifact, data: str | Path, out: Path, config: PlanConfig) -> dict[str, Any]:
+    """Write the fastest form of the float ``graph`` that meets the budget on ``config.target`` to ``out``.
+
+    Returns:
+        ``units`` (error, SQNR of the velocity by step, seconds saved, precision), ``frontier`` (candidates: drift from
+        the float graph, frame times, violations, whether none is faster and closer), ``chosen``, and the circumstances;
+        also kept as ``evidence/plan.json`` of the artifact. If nothing meets the budget, ``chosen`` is None, ``best``
+        names the nearest, and nothing is written but ``frontier.json`` and ``report.html`` in ``out.work``, which are
+        always there.
+
+    Raises:
+        ArtifactError: a graph that is quantized already.
+        ConfigError: a number or a budget that cannot be, or a pattern that matches no unit.
+    """
+    from quantize.plan import ordered
+    from quantize.study import Study, StudyConfig
+
+    _check(graph, config)
+    stages, splits = Stages(out.with_name(out.name + ".work")), open_splits(data)
+    size, shape = tuple(graph.config["size"]), graph.config["latent_shape"]
+    pairs = draw_pairs(splits.validation, config.pairs, size, shape, config.seed)
+    candidates = Candidates(graph, pairs, config, stages)
+    candidates.exact()  # first of all: it shows soon whether the target works here
+    narrowed = StudyConfig(config.samples, config.probes, config.keep, config.target in FUSED, config.seed)
+    study = Study(graph, splits.training, pairs, narrowed, stages)
+    effects = study.effects()
+    saved_s = _saved_s(study, candidates)
+    rows = _explore(study, candidates, ordered(effects, saved_s))
+    frontier = _frontier(rows, candidates.frame_times(rows))
+    result = _result(config, study, effects, saved_s, frontier) | {"pairs": pairs.names, "data": str(data)}
+    artifact.write_text(stages.folder / "frontier.json", json.dumps(result, indent=1))
+    _report(stages.folder / "report.html", result)
+    if result["chosen"]:
+        _keep(next(row for row in rows if row["name"] == result["chosen"]), out, result)
+    return result
+
+
+def _check(graph: Artifact, config: PlanConfig) -> None:
+    runtimes.load(config.target)
+    if graph.config["precision"] != "fp32":
+        raise ArtifactError(
+            f"{graph.path} is in {graph.config['precision']} already", expected="an fp32 graph", fix="start from it"
+        )
+    if config.points < 1 or config.rounds < 1:
+        raise ConfigError(
+            f"{config.points} points and {config.rounds} rounds", expected="at least 1 of each", fix="ask for more"
+        )
+    if config.target == "torch":
+        raise ConfigError("torch runs the float student only", expected="a backend with engines", fix="choose one")
+    if config.budget.flicker_max is not None:
+        raise ConfigError(
+            "a budget with flicker_max", expected="limits on single pictures", fix="leave it to rpfm-edge validate"
+        )
+
+
+def _saved_s(study: Study, candidates: Candidates) -> dict[str, float]:
+    """Unit → seconds that it saves in a frame when it is INT8, by profiles of the float engine and of one all in INT8.
+
+    Without a profile the difference of the two frames is divided by work. Prepare saves its share of every frame.
+    """
+    from quantize.study import PREPARE
+
+    names = [unit.name for unit in study.units]
+    rows = [candidates.exact(), _mixed(study, candidates, [*names, PREPARE])]
+    out, engines = study.stages.folder / "saved.json", {row["name"]: row["bundle"] for row in rows}
+
+    def measured() -> None:
+        artifact.write_text(out, json.dumps(_measured_s(study, candidates, rows)))
+
+    study.stages.once("saved", [names, PROFILES], engines, out, measured)  # the order of units must not change
+    return dict(json.loads(out.read_text(encoding="utf-8")))
+
+
+def _measured_s(study: Study, candidates: Candidates, rows: Sequence[Row]) -> dict[str, float]:
+    from quantize.plan import divided_by_profile, divided_by_work
+    from quantize.study import PREPARE
+
+    names = [unit.name for unit in study.units]
+    try:
+        repeats = candidates.profiles(rows, "frame", study.probes[0], PROFILES)
+        exact, rounded = (
+            [divided_by_profile(study.units, [(one.names, one.seconds) for one in kernels]) for kernels in found]
+            for found in repeats
+        )
+        saved = {name: _median(exact, name) - _median(rounded, name) for name in names}
+    except BackendError as error:
+        console.print(f"{error} So the time saved is divided by multiplications.", markup=False, highlight=False)
+        saved = divided_by_work(study.models["frame"], study.units, _difference(candidates.frame_times(rows)))
+    return saved | {PREPARE: _difference(candidates.prepare_times(rows)) / FRAMES_PER_PERSON}
+
+
+def _median(found: Sequence[Mapping[str, float]], name: str) -> float:
+    return float(np.median([seconds[name] for seconds in found]))
+
+
+def _difference(times: Mapping[str, Latency]) -> float:
+    """By how much the second is faster."""
+    first, second = (latency.p50_s for latency in times.values())
+    return first - second
+
+
+def _mixed(study: Study, candidates: Candidates, names: Sequence[str]) -> Row:
+    """A candidate named after the number of its INT8 units, which the order of a study makes unambiguous."""
+    row = candidates.mixed(f"int8-{len(names)}", study.assignment(names), study.ranges[study.estimator])
+    return {**row, "units": list(names)}
+
+
+def _explore(study: Study, candidates: Candidates, order: Sequence[str]) -> list[Row]:
+    """The float graphs, beginnings of ``order`` at even distances, and some where passing turns into failing."""
+    from quantize.plan import grid
+
+    found = {count: _mixed(study, candidates, order[:count]) for count in grid(len(order), candidates.config.points)}
+    for _ in range(BISECTIONS):
+        passing = max((count for count, row in found.items() if not row["violations"]), default=0)
+        failing = min((count for count in found if count > passing), default=passing)
+        if failing - passing < 2:
+            break
+        middle = (passing + failing) // 2
+        found[middle] = _mixed(study, candidates, order[:middle])
+    floats = [{**row, "units": []} for row in (candidates.exact(), candidates.half())]
+    return [*floats, *(found[count] for count in sorted(found))]
+
+
+def _frontier(rows: Sequence[Row], times: Mapping[str, Latency]) -> list[Row]:
+    """Rows with their times, and whether no other is both faster and, to a tenth of a dB, closer to the float graph."""
+    best = pareto([(times[row["name"]].fps, round(_psnr(row), 1)) for row in rows])
+    exact_s = times[EXACT].p50_s
+    return [
+        {
+            **{key: value for key, value in row.items() if key not in ("graph", "bundle")},
+            "frame": times[row["name"]].to_json(),
+            "speedup": exact_s / times[row["name"]].p50_s,
+            "pareto": mark,
+        }
+        for row, mark in zip(rows, best, strict=True)
+    ]
+
+
+def _psnr(row: Row) -> float:
+    return psnr(row, "against_float")
+
+
+def _choose(frontier: Sequence[Row]) -> str | None:
+    """The fastest that passes; of those within ``TIE`` of it the one with the smallest error."""
+    passing = [row for row in frontier if not row["violations"]]
+    if not passing:
+        return None
+    fastest_s = min(row["frame"]["p50_s"] for row in passing)
+    tied = [row for row in passing if row["frame"]["p50_s"] <= (1 + TIE) * fastest_s]
+    return str(max(tied, key=_psnr)["name"])
+
+
+def _result(
+    config: PlanConfig,
+    study: Study,
+    effects: Sequence[Effect],
+    saved_s: Mapping[str, float],
+    frontier: Sequence[Row],
+) -> dict[str, Any]:
+    chosen = _choose(frontier)
+    best = chosen or max(frontier, key=lambda row: (-len(row["violations"]), _psnr(row)))["name"]
+    kept = next(row["units"] for row in frontier if row["name"] == best)
+    precision = "fp16" if best == "fp16" else "fp32"
+    return {
+        "target": config.target,
+        "options": dict(config.options),
+        "budget": {key: value for key, value in asdict(config.budget).items() if value is not None},
+        "chosen": chosen,
+        "best": best,
+        "estimators": study.estimators,
+        "estimator": study.estimator,
+        "units": [
+            {
+                **asdict(effect),
+                "psnr_db": effect.psnr_db,
+                "saved_s": saved_s[effect.name],
+                "precision": "int8" if effect.name in kept else precision,
+            }
+            for effect in effects
+        ],
+        "frontier": list(frontier),
+        "samples": config.samples,
+        "seed": config.seed,
+        "machine": measure.where(runtimes.load(config.target).versions()),
+    }
+
+
+def _report(path: Path, result: Mapping[str, Any]) -> None:
+    """The page, where what it needs is installed: a plan does not fail for want of it."""
+    from rpfm_edge.report import write_report
+
+    try:
+        write_report(path, {"title": "rpfm-edge plan of precisions", "machine": result["machine"], "plan": result})
+    except BackendError as error:
+        console.print(f"No report: {error}", markup=False, highlight=False)
+
+
+def _keep(row: Row, out: Path, result: Mapping[str, Any]) -> None:
+    """Copy the chosen graph to ``out``, with the study as its evidence."""
+    source = artifact.load(row["graph"], "graph")
+    with artifact.replacing_folder(out) as folder:
+        for name in source.files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.path / name, folder / name)
+        artifact.write_text(folder / EVIDENCE / "plan.json", json.dumps(result, indent=1))
+        artifact.seal(folder, "graph", source.config, source.signatures, source.lineage)

@@ -1,0 +1,130 @@
+"""Quantizers at the products: against NNCF's with the same ranges, against OpenVINO, and what is stored."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import onnx
+import openvino
+import pytest
+from onnx import helper, numpy_helper
+
+from quantize import calibrate
+from quantize.execute import Graph
+from quantize.int8 import Int8Config, int8_products, to_int8
+from quantize.layers import plan
+from quantize.qdq import channel_axis, insert
+from quantize.ranges import observe
+from quantize.units import units
+from rpfm_edge.artifact import Artifact
+from rpfm_edge.errors import ConfigError
+from rpfm_edge.metrics import psnr_db
+from rpfm_edge.signature import Feeds
+
+
+@pytest.fixture(scope="module")
+def frame(tiny_graph: Artifact) -> onnx.ModelProto:
+    return onnx.load(tiny_graph.file("frame.onnx"))
+
+
+@pytest.fixture(scope="module")
+def feeds(samples: Path) -> list[Feeds]:
+    return list(islice(calibrate.load(samples).feeds("frame"), 8))
+
+
+@pytest.fixture(scope="module")
+def ranges(frame: onnx.ModelProto, feeds: list[Feeds]) -> dict[str, float]:
+    return {name: one.range("mean") for name, one in observe(frame, feeds, len(feeds)).items()}
+
+
+def stored(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+def everything(frame: onnx.ModelProto) -> set[str]:
+    return {product for unit in units(frame) for product in unit.products}
+
+
+def test_with_the_same_ranges_it_computes_what_nncf_does(
+    frame: onnx.ModelProto, feeds: list[Feeds], ranges: dict[str, float]
+) -> None:
+    products = plan(frame).quantized
+    ours, theirs = insert(frame, products, ranges), to_int8(frame, feeds, Int8Config())[0]
+    assert {node.name for node in int8_products(ours)} == {node.name for node in int8_products(theirs)}
+    for name in products:
+        for place in (0, 1):
+            np.testing.assert_allclose(
+                scale_of(ours, name, place), scale_of(theirs, name, place), rtol=0.01
+            )  # 64 levels, 63.5 there
+
+
+def scale_of(model: onnx.ModelProto, product: str, place: int) -> np.ndarray:
+    """The scale of what goes into a product, looked for behind what only moves values."""
+    makers = {output: node for node in model.graph.node for output in node.output}
+    node = makers[next(node for node in model.graph.node if node.name == product).input[place]]
+    while node.op_type != "DequantizeLinear":
+        assert node.op_type in ("Reshape", "Transpose", "DepthToSpace")
+        node = makers[node.input[0]]
+    return stored(model)[node.input[1]]
+
+
+def test_openvino_agrees_with_every_product_in_int8(
+    frame: onnx.ModelProto, feeds: list[Feeds], ranges: dict[str, float], tmp_path: Path
+) -> None:
+    """Also behind a Reshape and behind the concatenation of noise and pose, where NNCF's placement fails it."""
+    model = insert(frame, everything(frame), ranges)
+    assert len(int8_products(model)) == len(everything(frame))
+    onnx.save(model, tmp_path / "frame.onnx")
+    core = openvino.Core()
+    compiled = core.compile_model(tmp_path / "frame.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for sample in feeds[:2]:
+        theirs = compiled(dict(sample))[0]
+        assert psnr_db(Graph(model)(sample)[0], theirs[0]) > 40
+
+
+def test_weights_are_within_half_a_step_and_shared_by_the_steps(
+    frame: onnx.ModelProto, ranges: dict[str, float]
+) -> None:
+    floats, found = stored(frame), stored(insert(frame, everything(frame), ranges))
+    seen = set()
+    for node in frame.graph.node:
+        name = node.input[1] if len(node.input) > 1 else ""
+        if node.name in everything(frame) and name in floats and name not in seen:
+            seen.add(name)
+            values, scale = found[f"{name}.int8"], found[f"{name}.scale"]
+            shape = [-1 if axis == channel_axis(node, 1, values.ndim) else 1 for axis in range(values.ndim)]
+            error = values * scale.reshape(shape) - floats[name]
+            assert np.abs(error / scale.reshape(shape)).max() <= 0.5 + 1e-3
+            assert np.abs(values.astype(int)).max() == 64
+    assert sum(array.dtype == np.int8 and array.ndim > 1 for array in found.values()) == len(seen)
+
+
+def test_only_what_is_never_negative_becomes_unsigned(frame: onnx.ModelProto, ranges: dict[str, float]) -> None:
+    model = insert(frame, everything(frame), ranges, "full", "unsigned")
+    kinds, values = {output: node.op_type for node in frame.graph.node for output in node.output}, stored(model)
+    zeros = {node.input[0]: values[node.input[2]] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    for tensor, zero in zeros.items():
+        assert zero.dtype == (np.uint8 if kinds.get(tensor) in ("Relu", "Softmax") else np.int8)
+        assert values[f"{tensor}.scale"] == pytest.approx(ranges[tensor] / np.iinfo(zero.dtype).max)
+    assert {zero.dtype for zero in zeros.values()} == {np.dtype(np.int8), np.dtype(np.uint8)}
+    assert max(np.abs(array.astype(int)).max() for array in values.values() if array.dtype == np.int8) == 127
+
+
+def test_nothing_chosen_is_the_float_graph(frame: onnx.ModelProto, feeds: list[Feeds]) -> None:
+    np.testing.assert_array_equal(Graph(insert(frame, (), {}))(feeds[0]), Graph(frame)(feeds[0]))
+
+
+def test_transposed_weights_are_scaled_by_output() -> None:
+    for flag, axis in ((0, 1), (1, 0)):
+        node = helper.make_node("Gemm", ["x", "w"], ["y"], transB=flag)
+        assert channel_axis(node, 1, 2) == axis
+    assert channel_axis(helper.make_node("MatMul", ["w", "x"], ["y"]), 0, 2) == 0
+
+
+def test_unknown_products_and_missing_ranges_are_named(frame: onnx.ModelProto) -> None:
+    with pytest.raises(ConfigError, match="'nothing' is no product"):
+        insert(frame, ["nothing"], {})
+    with pytest.raises(ConfigError, match="has no range"):
+        insert(frame, everything(frame), {})

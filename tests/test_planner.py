@@ -1,0 +1,203 @@
+"""Plans of precisions on the tiny graph: what is chosen, kept, refused and continued."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from typer.testing import CliRunner
+
+import runtimes
+from quantize.int8 import int8_products
+from rpfm_edge import api, artifact, bundle, validate
+from rpfm_edge.artifact import Artifact
+from rpfm_edge.candidates import PlanConfig
+from rpfm_edge.cli import app
+from rpfm_edge.errors import BackendError, ConfigError
+from rpfm_edge.metrics import Budget, psnr_db
+from rpfm_edge.plan_table import plan_lines, verdict
+from rpfm_edge.planner import _choose, plan_precision
+from rpfm_edge.splits import open_splits
+
+SMALL = {"samples": 8, "pairs": 3, "probes": 2, "points": 2, "rounds": 2}
+
+
+@pytest.fixture(scope="module")
+def planned(tiny_graph: Artifact, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("plan") / "graph"
+    config = PlanConfig("openvino", Budget(psnr_db_min=30), **SMALL)
+    return out, plan_precision(tiny_graph, "sample", out, config)
+
+
+def test_the_chosen_graph_is_the_plan(tiny_graph: Artifact, planned: tuple[Path, dict[str, Any]]) -> None:
+    out, result = planned
+    graph = artifact.load(out, "graph")
+    quantized = {unit["name"] for unit in result["units"] if unit["precision"] == "int8"} - {"prepare"}
+    assert result["chosen"] in [row["name"] for row in result["frontier"]]
+    if not quantized:  # a float graph was as fast
+        assert result["chosen"] in ("fp32", "fp16")
+        return
+    plan = graph.config["plan"]["frame"]
+    assert {name for name, precision in plan.items() if precision == "int8"} == quantized
+    found = int8_products(onnx.load(graph.file("frame.onnx")))
+    assert len(found) == sum(graph.config["int8_layers"]["frame"].values())
+    assert graph.signatures == tiny_graph.signatures
+
+
+def test_its_figures_are_those_of_its_bundle(
+    tiny_graph: Artifact, planned: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Rendered again from the float graph and the kept one, on the same people."""
+    out, result = planned
+    row = next(row for row in result["frontier"] if row["name"] == result["chosen"])
+    size, shape = tuple(tiny_graph.config["size"]), tiny_graph.config["latent_shape"]
+    pairs = validate.draw_pairs(open_splits("sample").validation, SMALL["pairs"], size, shape, 0)
+    images = []
+    for name, graph in (("float", tiny_graph.path), ("kept", out)):
+        made = bundle.build(graph, ["openvino"], tmp_path / name)
+        images.append(validate.bundle_images(made.path, "openvino", pairs))
+    found = np.median([psnr_db(a, b) for a, b in zip(*images, strict=True)])
+    assert found == pytest.approx(row["against_float"]["psnr_db"]["median"], abs=1e-6)
+    assert pairs.names == [tuple(names) for names in result["pairs"]]
+
+
+def test_the_frontier_covers_float_and_int8(planned: tuple[Path, dict[str, Any]]) -> None:
+    out, result = planned
+    names = [row["name"] for row in result["frontier"]]
+    assert names[:2] == ["fp32", "fp16"]
+    counts = [len(row["units"]) for row in result["frontier"][2:]]
+    assert counts == sorted(set(counts))
+    assert counts[-1] == len(result["units"])
+    assert result["frontier"][0]["against_float"]["psnr_db"]["median"] == float("inf")
+    kept = json.loads((out.parent / "graph.work" / "frontier.json").read_text())
+    assert kept["chosen"] == result["chosen"]
+    assert json.loads(artifact.load(out).file("evidence/plan.json").read_text()) == kept
+    page = (out.parent / "graph.work" / "report.html").read_text()
+    assert "block0.qkv" in page
+    assert "squared error of the picture" in page
+
+
+def test_finished_work_is_not_done_again(
+    tiny_graph: Artifact, planned: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out, result = planned
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("made again")
+
+    for target in ("rpfm_edge.candidates.bundle_images", "rpfm_edge.bundle.build", "quantize.study.observe"):
+        monkeypatch.setattr(target, never)
+    config = PlanConfig("openvino", Budget(psnr_db_min=30), **SMALL)
+    again = plan_precision(tiny_graph, "sample", out, config)
+    assert [row["against_float"] for row in again["frontier"]] == [row["against_float"] for row in result["frontier"]]
+    assert again["units"] == result["units"] or again["chosen"] != result["chosen"]
+
+
+def test_a_budget_that_nothing_meets_keeps_the_frontier_and_writes_no_graph(
+    tiny_graph: Artifact, tmp_path: Path
+) -> None:
+    budget = tmp_path / "budget.toml"
+    budget.write_text("[drift]\nssim_min = 1.5\n")
+    command = ["quantize", str(tiny_graph.path), "--data", "sample", "--out", str(tmp_path / "out")]
+    command += ["--precision", "auto", "--target", "openvino", "--budget", str(budget), "--pairs", "2"]
+    result = CliRunner().invoke(app, [*command, "--samples", "8", "--points", "1", "--json"])
+    assert result.exit_code == 1
+    assert not (tmp_path / "out").exists()
+    printed = json.loads(result.stdout.splitlines()[-1])
+    assert printed["chosen"] is None
+    assert printed["best"] == "fp32"
+    kept = json.loads((tmp_path / "out.work" / "frontier.json").read_text())
+    assert all("ssim median" in row["violations"][0] for row in kept["frontier"])
+    assert "Nothing meets the budget; the nearest is fp32: ssim median" in verdict(kept)
+
+
+def test_kept_units_stay_float_and_tensorrt_keeps_attention(tiny_graph: Artifact, tmp_path: Path) -> None:
+    from quantize.study import Study, StudyConfig
+    from rpfm_edge.stages import Stages
+
+    splits, size = open_splits("sample"), tuple(tiny_graph.config["size"])
+    pairs = validate.draw_pairs(splits.validation, 2, size, tiny_graph.config["latent_shape"], 0)
+    config = StudyConfig(8, 2, ("block0.*", "decoder.conv0"), fused=True)
+    study = Study(tiny_graph, splits.training, pairs, config, Stages(tmp_path))
+    names = {unit.name for unit in study.units}
+    assert not {name for name in names if name.startswith("block0.") or name.endswith((".qk", ".av"))}
+    assert "decoder.conv0" not in names
+    assert "block1.qkv" in names
+    assert study.activations == "signed"
+    assert study.estimators[study.estimator] == min(study.estimators.values())
+
+
+def test_a_backend_without_a_profile_divides_the_time_by_work(
+    tiny_graph: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise BackendError("no profile here", expected="one", fix="none")
+
+    monkeypatch.setattr(runtimes.load("openvino"), "profile", refused)
+    result = plan_precision(tiny_graph, "sample", tmp_path / "out", PlanConfig("openvino", Budget(), **SMALL))
+    saved = [unit["saved_s"] for unit in result["units"] if unit["name"] != "prepare"]
+    assert len({value > 0 for value in saved}) == 1  # shares of one difference
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"target": "abacus"}, "unknown backend 'abacus'"),
+        ({"target": "torch"}, "runs the float student only"),
+        ({"target": ""}, "no target"),
+        ({"budget": {"flicker_max": 1.0}}, "flicker_max"),
+        ({"keep": ("block7.*",)}, r"'block7.\*' matches no layer"),
+        ({"options": {"onnxruntime": {"threads": 1}}}, "options of 'onnxruntime'"),
+        ({"steps": 2}, "2 steps for a graph"),
+        ({"samples": 4}, "4 calibration samples"),
+        ({"points": 0}, "0 points"),
+    ],
+)
+def test_faults_are_one_sentence(tiny_graph: Artifact, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    arguments = {"target": "openvino", "pairs": 2, "samples": 8, **changes}
+    with pytest.raises((ConfigError, BackendError), match=words):
+        api.plan(tiny_graph.path, "sample", tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_of_auto_are_refused_elsewhere(tiny_graph: Artifact, tmp_path: Path) -> None:
+    command = ["quantize", str(tiny_graph.path), "--data", "sample", "--out", str(tmp_path / "out"), "--precision"]
+    result = CliRunner().invoke(app, [*command, "fp16", "--target", "openvino"])
+    assert isinstance(result.exception, ConfigError)
+    assert "--target with precision fp16" in str(result.exception)
+
+
+def test_a_quantized_graph_is_refused(planned: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out, result = planned
+    if result["chosen"] == "fp32":
+        pytest.skip("the float graph was fastest")
+    from rpfm_edge.errors import ArtifactError
+
+    with pytest.raises(ArtifactError, match="already"):
+        api.plan(out, "sample", tmp_path / "out", "openvino")
+
+
+def row(name: str, ms: float, db: float, violations: tuple[str, ...] = (), units: int = 3) -> dict[str, Any]:
+    drift = {"psnr_db": {"median": db}, "ssim": {"median": 0.99}}
+    frame = {"p50_s": ms / 1e3, "fps": 1e3 / ms}
+    rest = {"units": ["u"] * units, "engine_bytes": 1, "speedup": 1.0}
+    return {"name": name, "frame": frame, "against_float": drift, "violations": list(violations), **rest}
+
+
+def test_the_fastest_that_passes_is_chosen_and_float_if_int8_is_slower() -> None:
+    exact = row("fp32", 20, float("inf"), units=0)
+    assert _choose([exact, row("a", 10, 45), row("b", 8, 40), row("c", 6, 35, ("too far",))]) == "b"
+    assert _choose([exact, row("a", 8.05, 45), row("b", 8, 40)]) == "a"  # equal within the tie
+    assert _choose([exact, row("a", 25, 45)]) == "fp32"
+    assert _choose([row("a", 5, 20, ("too far",))]) is None
+
+
+def test_the_verdict_says_that_int8_is_not_faster() -> None:
+    frontier = [row("fp32", 20, float("inf"), units=0), row("a", 25, 45)]
+    result = {"frontier": frontier, "chosen": "fp32", "best": "fp32", "units": ["u"] * 4}
+    assert verdict(result) == "INT8 is not faster here, so the graph stays in FP32."
+    assert [line.best for line in plan_lines(result)] == [False, True]
