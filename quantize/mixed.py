@@ -31,6 +31,7 @@ class Assignment:
     estimator: Estimator = "mse"
     weights: Literal["half", "full"] = "half"
     activations: Literal["signed", "unsigned"] = "signed"
+    biases: Literal["float", "int32"] = "float"
 
     def precisions(self, graph: str, names: list[str]) -> dict[str, str]:
         """Unit → "int8" or "fp32"."""
@@ -51,7 +52,7 @@ def write(graph: Artifact, assignment: Assignment, ranges: Ranges, out: Path, se
             kinds = Counter(node.op_type for node in model.graph.node if node.name in products)
             plan[name] = assignment.precisions(name, [unit.name for unit in found])
             counts[name] = dict(sorted(kinds.items()))
-            mixed = insert(model, products, ranges[name], assignment.weights, assignment.activations)
+            mixed = insert(model, products, ranges[name], assignment.weights, assignment.activations, assignment.biases)
             onnx.save(mixed, folder / f"{name}.onnx")
             if assignment.activations == "signed":
                 (folder / TYPED).mkdir(exist_ok=True)

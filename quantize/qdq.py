@@ -27,6 +27,7 @@ def insert(
     ranges: Mapping[str, float],
     weights: Literal["half", "full"] = "half",
     activations: Literal["signed", "unsigned"] = "signed",
+    biases: Literal["float", "int32"] = "float",
 ) -> onnx.ModelProto:
     """A copy of ``model`` with ``products`` (names of Conv, Gemm and MatMul nodes) in INT8.
 
@@ -35,6 +36,8 @@ def insert(
 
     Args:
         ranges: activation → the magnitude that becomes the last level, for every activation that goes into a product.
+        biases: "int32" rounds those of linear layers to the product of their two scales, without which ONNX Runtime
+            computes these layers in float; TensorRT does not take it.
 
     Raises:
         ConfigError: a name of no product, or an activation without a range.
@@ -45,6 +48,8 @@ def insert(
     writer = _Writer(copy, ranges, LEVELS[weights], activations == "unsigned")
     for node in copy.graph.node:
         if node.name in products:
+            if biases == "int32" and node.op_type == "Gemm" and len(node.input) > 2:
+                node.input[2] = writer.bias(node)
             for place in (0, 1):
                 node.input[place] = writer.quantized(node, place)
         writer.nodes.append(node)
@@ -70,42 +75,59 @@ class _Writer:
     def quantized(self, node: onnx.NodeProto, place: int) -> str:
         name = node.input[place]
         if name not in self._done:
-            weight = self._weights.get(name)
-            self._done[name] = self._activation(node, place) if weight is None else self._weight(node, place, weight)
+            make = self._weight if name in self._weights else self._activation
+            self._done[name] = make(node, place)
         return self._done[name]
 
-    def _weight(self, node: onnx.NodeProto, place: int, weight: onnx.TensorProto) -> str:
-        values = numpy_helper.to_array(weight)
-        axis = channel_axis(node, place, values.ndim)
-        scale = channel_scales(values, axis, self._levels)
+    def bias(self, node: onnx.NodeProto) -> str:
+        """The bias of a linear layer in INT32, in steps of its activation's scale times its weights'."""
+        values = numpy_helper.to_array(self._weights[node.input[2]])
+        scale = self._step(node, 0)[0] * self._channels(node, 1)[1]
+        stored = np.round(values / scale).astype(np.int32)
+        return self._pair(f"{node.name}.bias", f"{node.name}/bias", (stored, scale, np.zeros(len(scale), np.int32)), 0)
+
+    def _weight(self, node: onnx.NodeProto, place: int) -> str:
+        values, scale, axis = self._channels(node, place)
         shape = [-1 if other == axis else 1 for other in range(values.ndim)]
         stored = np.round(values / scale.reshape(shape)).astype(np.int8)
-        return self._pair(node, place, [stored, scale, np.zeros(len(scale), np.int8)], axis)
+        tensors = (stored, scale, np.zeros(len(scale), np.int8))
+        return self._pair(node.input[place], f"{node.name}/weight", tensors, axis)
 
     def _activation(self, node: onnx.NodeProto, place: int) -> str:
+        return self._pair(node.input[place], f"{node.name}/input{place}", (None, *self._step(node, place)), None)
+
+    def _channels(self, node: onnx.NodeProto, place: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """The values of a weight, the scale of each channel, and the axis of the channels."""
+        values = numpy_helper.to_array(self._weights[node.input[place]])
+        axis = channel_axis(node, place, values.ndim)
+        return values, channel_scales(values, axis, self._levels), axis
+
+    def _step(self, node: onnx.NodeProto, place: int) -> tuple[np.ndarray, np.ndarray]:
+        """The scale of an activation, and a zero of the type that it gets."""
         name = node.input[place]
         if name not in self._ranges:
             raise ConfigError(
                 f"{name}, which goes into {node.name}, has no range", expected="one", fix="observe this graph again"
             )
         kind, levels = (np.uint8, 255) if name in self._positive else (np.int8, 127)
-        return self._pair(node, place, [None, np.float32(self._ranges[name] / levels), kind(0)], None)
+        return np.array(self._ranges[name] / levels, np.float32), np.array(0, kind)
 
-    def _pair(self, node: onnx.NodeProto, place: int, values: list, axis: int | None) -> str:
-        """Write the tensors and nodes; those of a product are named after it, as backends do with what they fuse."""
-        source, base = node.input[place], f"{node.name}/{'weight' if values[0] is not None else f'input{place}'}"
-        stored, scale, zero = (f"{source}.{part}" for part in ("int8", "scale", "zero"))
-        for name, value in zip((stored, scale, zero), values, strict=True):
+    def _pair(
+        self, source: str, base: str, tensors: tuple[np.ndarray | None, np.ndarray, np.ndarray], axis: int | None
+    ) -> str:
+        """Write stored values (None: they are computed from ``source``), scale, zero point and the nodes around them.
+
+        Nodes are named ``base``/…, after their product, as backends name what they fuse.
+        """
+        names = [f"{source}.{part}" for part in ("stored", "scale", "zero")]
+        for name, value in zip(names, tensors, strict=True):
             if value is not None:
-                self._graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
-        extra = {} if axis is None else {"axis": axis}
-        if values[0] is None:
-            self.nodes.append(
-                helper.make_node("QuantizeLinear", [source, scale, zero], [stored], name=f"{base}/quantize")
-            )
-        result = f"{source}.dequantized"
-        name = f"{base}/dequantize"
-        self.nodes.append(helper.make_node("DequantizeLinear", [stored, scale, zero], [result], name=name, **extra))
+                self._graph.initializer.append(numpy_helper.from_array(value, name))
+        if tensors[0] is None:
+            computed = [source, *names[1:]]
+            self.nodes.append(helper.make_node("QuantizeLinear", computed, names[:1], name=f"{base}/quantize"))
+        result, extra = f"{source}.dequantized", {} if axis is None else {"axis": axis}
+        self.nodes.append(helper.make_node("DequantizeLinear", names, [result], name=f"{base}/dequantize", **extra))
         return result
 
 

@@ -32,12 +32,14 @@ class StudyConfig:
     """``samples`` calibrate, ``probes`` pairs show errors; ``keep``: patterns of units of the frame that stay float.
 
     ``fused``: the target fuses attention in float and takes signed activations only, as TensorRT does.
+    ``biases``: of linear layers, see ``qdq.insert``.
     """
 
     samples: int = 64
     probes: int = 8
     keep: tuple[str, ...] = ()
     fused: bool = False
+    biases: Literal["float", "int32"] = "float"
     seed: int = 0
 
 
@@ -68,7 +70,8 @@ class Study:
         """These units in INT8, the usual ones of the prepare graph among them if ``PREPARE`` is there."""
         prepare = default_units(self.models["prepare"]) if PREPARE in names else ()
         frame = tuple(name for name in names if name != PREPARE)
-        return Assignment({"frame": frame, "prepare": prepare}, self.estimator, "half", self.activations)
+        int8 = {"frame": frame, "prepare": prepare}
+        return Assignment(int8, self.estimator, "half", self.activations, self.config.biases)
 
     def effects(self) -> list[Effect]:
         """The error of every unit of the frame by itself, and of the prepare graph as a whole."""

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 BUDGET = Budget(psnr_db_min=38.0, ssim_min=0.985)  # of the picture, against the float graph's
 FUSED = ("tensorrt", "torch-tensorrt")  # they fuse attention in FP16, and take signed INT8 only
+BIASES: dict[str, Literal["float", "int32"]] = {"onnxruntime": "int32"}  # else its linear layers stay float
 FRAMES_PER_PERSON = 300  # over which the time of prepare is spread: ten seconds of video
 TIE = 0.01  # of the fastest frame: below that times are equal, and the smaller error wins
 BISECTIONS, PROFILES = 4, 3
@@ -67,7 +68,8 @@ def plan_precision(graph: Artifact, data: str | Path, out: Path, config: PlanCon
     pairs = draw_pairs(splits.validation, config.pairs, size, shape, config.seed)
     candidates = Candidates(graph, pairs, config, stages)
     candidates.exact()  # first of all: it shows soon whether the target works here
-    narrowed = StudyConfig(config.samples, config.probes, config.keep, config.target in FUSED, config.seed)
+    fused, biases = config.target in FUSED, BIASES.get(config.target, "float")
+    narrowed = StudyConfig(config.samples, config.probes, config.keep, fused, biases, config.seed)
     study = Study(graph, splits.training, pairs, narrowed, stages)
     effects = study.effects()
     saved_s = _saved_s(study, candidates)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import openvino
 import pytest
 from onnx import helper, numpy_helper
@@ -93,7 +95,7 @@ def test_weights_are_within_half_a_step_and_shared_by_the_steps(
         name = node.input[1] if len(node.input) > 1 else ""
         if node.name in everything(frame) and name in floats and name not in seen:
             seen.add(name)
-            values, scale = found[f"{name}.int8"], found[f"{name}.scale"]
+            values, scale = found[f"{name}.stored"], found[f"{name}.scale"]
             shape = [-1 if axis == channel_axis(node, 1, values.ndim) else 1 for axis in range(values.ndim)]
             error = values * scale.reshape(shape) - floats[name]
             assert np.abs(error / scale.reshape(shape)).max() <= 0.5 + 1e-3
@@ -110,6 +112,23 @@ def test_only_what_is_never_negative_becomes_unsigned(frame: onnx.ModelProto, ra
         assert values[f"{tensor}.scale"] == pytest.approx(ranges[tensor] / np.iinfo(zero.dtype).max)
     assert {zero.dtype for zero in zeros.values()} == {np.dtype(np.int8), np.dtype(np.uint8)}
     assert max(np.abs(array.astype(int)).max() for array in values.values() if array.dtype == np.int8) == 127
+
+
+def test_with_int32_biases_onnxruntime_computes_linear_layers_in_int8(
+    frame: onnx.ModelProto, feeds: list[Feeds], ranges: dict[str, float], tmp_path: Path
+) -> None:
+    linear = {node.name for node in frame.graph.node if node.op_type == "Gemm" and len(node.input) > 2}
+    kinds, images = {}, {}
+    for biases in ("float", "int32"):
+        model = insert(frame, linear, ranges, "half", "unsigned", biases)
+        settings = onnxruntime.SessionOptions()
+        settings.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        session = onnxruntime.InferenceSession(model.SerializeToString(), settings, ["CPUExecutionProvider"])
+        images[biases] = session.run(None, dict(feeds[0]))[0][0]
+        kinds[biases] = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    assert kinds["int32"]["QGemm"] == len(linear)
+    assert kinds["float"]["QGemm"] == 0
+    assert psnr_db(images["float"], images["int32"]) > 50
 
 
 def test_nothing_chosen_is_the_float_graph(frame: onnx.ModelProto, feeds: list[Feeds]) -> None:
