@@ -17,6 +17,7 @@ from accelerate import PartialState
 from distill import autoencoder as autoencoders
 from distill.autoencoder import AutoencoderTraining, SmallAutoencoder, SmallAutoencoderConfig, train_autoencoder
 from distill.batches import EncodedSplit, encode_split, fingerprint
+from distill.qad import Precision, QadConfig, train_rounded
 from distill.resident import Pictures, open_pictures
 from distill.rpfm import RPFM, RPFMConfig, preset
 from distill.store import StoreConfig, Trajectories, build_store, load_store
@@ -40,8 +41,7 @@ from rpfm_edge.data import Split
 from rpfm_edge.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-
-
+LEARNING_RATES = {"int8": 1e-5, "int4-weights": 2e-5}
 CURVE_POINTS = 50  # of the held-out loss, whatever the budget
 
 
@@ -94,6 +94,24 @@ class DistillRecipe:
     perceptual_weight: float | None = None
     compile: bool = False
     preset: str | None = None  # the student's architecture, where the teacher is no RPFM network
+    weights: str = "fp16"
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class QadRecipe:
+    """A student fine-tuned for a precision: its rounded self learns to make the pictures of its float self.
+
+    ``steps``: unrolled; the student's own if not given. ``lr``: 1e-5 for int8 and 2e-5 for int4-weights, whose grid is
+    coarser, if not given. ``batch``: poses of one source in a batch.
+    """
+
+    precision: Precision = "int8"
+    steps: int | None = None
+    seconds: float = 400.0
+    lr: float | None = None
+    ema: float = 0.98
+    batch: int = 4
     weights: str = "fp16"
     seed: int = 0
 
@@ -217,6 +235,49 @@ def distill(recipe: DistillRecipe, teacher_spec: str, split: Split, out: Path) -
         save_student(student, out, config, teacher.size, lineage, DTYPES[recipe.weights], **facts)
     processes.wait_for_everyone()
     return artifact.load(out, "student")
+
+
+def fine_tune(recipe: QadRecipe, student_spec: str, split: Split, out: Path) -> Artifact:
+    """Fine-tune a float student on the identities of ``split`` for a precision and write the new student to ``out``."""
+    _check_choice("weights", recipe.weights, DTYPES)
+    _check_numbers(recipe)
+    torch.manual_seed(recipe.seed)
+    processes = PartialState()
+    student, origin = load_student(student_spec)
+    size, steps = tuple(origin.config["size"]), recipe.steps or int(origin.config["steps"])
+    learnt_from = {"student": origin.digest, "data": split.names, "batch": recipe.batch}
+    learnt_from |= {"precision": recipe.precision, "steps": steps}
+    limits = TrainConfig(
+        seconds=recipe.seconds,
+        lr=recipe.lr or LEARNING_RATES[recipe.precision],
+        ema=recipe.ema,
+        warmup_steps=10,
+        precision="no",
+        seed=recipe.seed,
+        inputs=json_digest(learnt_from),
+    )
+    config = QadConfig(steps, recipe.precision, limits, targets=recipe.batch)
+    checkpoint = _work(out) / f"qad-{recipe.precision}-{steps}-{origin.digest[:8]}.safetensors"
+    made, history = train_rounded(student.to(processes.device), split, size, config, checkpoint)
+    if processes.is_main_process:
+        stage = _stage("qad", config, history, split, {"student": origin.digest})
+        facts = {k: origin.config[k] for k in ("teacher",) if k in origin.config} | {"losses": thin(history.losses)}
+        kept = DistillConfig(origin.config["method"], steps)
+        save_student(made, out, kept, size, (*origin.lineage, stage), DTYPES[recipe.weights], **facts)
+    processes.wait_for_everyone()
+    return artifact.load(out, "student")
+
+
+def _check_numbers(recipe: QadRecipe) -> None:
+    numbers: dict[str, float | None] = {
+        f"{recipe.steps} steps": recipe.steps,
+        f"a batch of {recipe.batch}": recipe.batch,
+        f"{recipe.seconds:g} seconds": recipe.seconds,
+        f"a learning rate of {recipe.lr}": recipe.lr,
+    }
+    for problem, value in numbers.items():
+        if value is not None and not value > 0:
+            raise ConfigError(problem, expected="more than 0", fix="give a positive number")
 
 
 def _distill_config(recipe: DistillRecipe) -> DistillConfig:

@@ -11,6 +11,7 @@ from typing import Any, cast
 from rpfm_edge import artifact, assets
 from rpfm_edge import doctor as _doctor
 from rpfm_edge.artifact import Artifact
+from rpfm_edge.baseline import FOLDER
 from rpfm_edge.bench import bench_backend
 from rpfm_edge.bundle import add_evidence, read_evidence
 from rpfm_edge.bundle import build as _build
@@ -20,8 +21,11 @@ from rpfm_edge.image import save_png
 from rpfm_edge.metrics import Budget
 from rpfm_edge.pipeline import Pipeline, require_engine
 from rpfm_edge.pose import read_pose
-from rpfm_edge.recipe import PRECISIONS, Precision, parse, read_toml
+from rpfm_edge.precisions import CALIBRATED
+from rpfm_edge.recipe import PRECISIONS, Precision, check_method, parse, read_toml
+from rpfm_edge.regression import FAILURES, GateConfig, run_against, run_gate, run_save
 from rpfm_edge.splits import open_splits
+from rpfm_edge.stages import Stages
 from rpfm_edge.validate import validate as _validate
 
 
@@ -53,15 +57,22 @@ def train(config: str | Path, data: str | Path, out: str | Path, **changes: Any)
 
 
 def distill(teacher: str | Path, data: str | Path, out: str | Path, **changes: Any) -> Artifact:
-    """Distill a teacher to few steps.
+    """Distill a teacher to few steps; or, with the method "qad", fine-tune a student for INT8 or INT4 weights.
 
     Args:
-        teacher: a path, a shipped name (``teacher:xs``) or ``package.module:factory``.
-        changes: fields of ``distill.commands.DistillRecipe`` (method, steps, seconds, …); None is no change.
+        teacher: a path, a shipped name (``teacher:xs``) or ``package.module:factory``; with "qad" a student.
+        changes: fields of ``distill.commands.DistillRecipe`` (method, steps, seconds, …), with "qad" of ``QadRecipe``
+            (precision, steps, seconds, …); None is no change.
     """
-    commands = _distill_commands()
-    recipe = parse(commands.DistillRecipe, _given(changes), "distill")
-    made: Artifact = commands.distill(recipe, str(teacher), open_splits(data).training, Path(out))
+    commands, given = _distill_commands(), _given(changes)
+    made: Artifact
+    if given.get("method") == "qad":
+        del given["method"]
+        qad = parse(commands.QadRecipe, given, "distill by qad")
+        made = commands.fine_tune(qad, str(teacher), open_splits(data).training, Path(out))
+    else:
+        recipe = parse(commands.DistillRecipe, given, "distill")
+        made = commands.distill(recipe, str(teacher), open_splits(data).training, Path(out))
     return made
 
 
@@ -73,24 +84,82 @@ def quantize(
     steps: int | None = None,
     samples: int = 64,
     seed: int = 0,
+    *,
+    method: str = "ptq",
+    least_psnr_db: float | None = None,
 ) -> Artifact:
-    """Export a student (or take a float graph) and write the graph in ``precision``: fp32, fp16 or int8.
+    """Export a student (or take a float graph) and write the graph in ``precision``, one of ``PRECISIONS``.
 
-    ``samples`` calibration samples are drawn from the training identities of ``data`` (int8 only).
+    Args:
+        samples: how many calibration samples are drawn from the training identities of ``data`` (int8, fp8, nvfp4).
+        method: of int8. "ptq" calibrates; "sweep" tries estimators of ranges and SmoothQuant first, keeps what it
+            measured in ``out.work``, continues from there, and writes it into the lineage; "accuracy-control" leaves
+            as many layers in float as ``least_psnr_db`` needs (default: ``quantize.methods.LEAST_PSNR_DB``).
     """
     if precision not in PRECISIONS:
         raise ConfigError(f"unknown precision {precision!r}", expected=f"one of {PRECISIONS}", fix="check the spelling")
+    check_method(method, least_psnr_db, precision)
     source, out = assets.resolve(student), Path(out)
     kind = artifact.load(source, "student", "graph").kind
-    if steps is not None and (steps < 1 or kind == "graph"):
-        fix = "leave steps out, they are in the graph" if kind == "graph" else "give a positive number of steps"
-        raise ConfigError(f"{steps} steps for a {kind}", expected="at least 1, for a student", fix=fix)
+    _check_steps(steps, kind)
     if kind == "student" and precision == "fp32":
         return _export(source, out, steps)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         graph = _export(source, Path(scratch) / "graph", steps).path if kind == "student" else source
-        return _quantize_graph(graph, data, out, precision, samples, seed, Path(scratch))
+        return _quantize_graph(
+            graph, data, out, precision, {"count": samples, "seed": seed}, Path(scratch), (method, least_psnr_db)
+        )
+
+
+def plan(
+    student: str | Path,
+    data: str | Path,
+    out: str | Path,
+    target: str,
+    budget: str | Path | Mapping[str, float] | None = None,
+    steps: int | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    **numbers: Any,
+) -> dict[str, Any]:
+    """Export a student (or take a float graph) and write the fastest precision per layer that meets a budget.
+
+    Args:
+        target: the backend that has to be fast, here, on this machine; ``options`` are per backend, as for ``build``.
+        budget: a TOML file with a table [drift], or that table: limits against the float graph. Default:
+            ``planner.BUDGET``.
+        numbers: further fields of ``candidates.PlanConfig``.
+
+    Returns:
+        what ``planner.plan_precision`` returns. Work is kept in ``out.work``, and continued from there.
+    """
+    _require("nncf", "quantize")
+    from rpfm_edge.candidates import PlanConfig
+    from rpfm_edge.planner import BUDGET, plan_precision
+
+    limits = _budget(budget) if budget else BUDGET
+    source, out = assets.resolve(student), Path(out)
+    kind = artifact.load(source, "student", "graph").kind
+    _check_steps(steps, kind)
+    if not target or set(options or {}) - {target}:
+        problem = f"options of {sorted(options)[0]!r}" if target and options else "no target"
+        raise ConfigError(f"{problem} for precision auto", expected="one target, and its options", fix="give --target")
+    config = PlanConfig(target, limits, options=dict((options or {}).get(target, {})), **_given(numbers))
+    if kind == "student":
+        stages, graph = Stages(out.with_name(out.name + ".work")), out.with_name(out.name + ".work") / "float"
+        stages.once("export", steps, {"student": source}, graph, lambda: _export(source, graph, steps))
+        source = graph
+    return plan_precision(artifact.load(source, "graph"), data, out, config)
+
+
+def _budget(given: str | Path | Mapping[str, float]) -> Budget:
+    return Budget.from_dict(given) if isinstance(given, Mapping) else Budget.load(Path(given))
+
+
+def _check_steps(steps: int | None, kind: str) -> None:
+    if steps is not None and (steps < 1 or kind == "graph"):
+        fix = "leave steps out, they are in the graph" if kind == "graph" else "give a positive number of steps"
+        raise ConfigError(f"{steps} steps for a {kind}", expected="at least 1, for a student", fix=fix)
 
 
 def _export(student: Path, out: Path, steps: int | None) -> Artifact:
@@ -102,16 +171,23 @@ def _export(student: Path, out: Path, steps: int | None) -> Artifact:
 
 
 def _quantize_graph(
-    graph: Path, data: str | Path, out: Path, precision: str, samples: int, seed: int, scratch: Path
+    graph: Path,
+    data: str | Path,
+    out: Path,
+    precision: str,
+    draw: Mapping[str, int],
+    scratch: Path,
+    way: tuple[str, float | None],
 ) -> Artifact:
     _require("nncf", "quantize")
-    from quantize import apply, calibrate
+    from quantize import apply, calibrate, methods
 
-    loaded, recorded = artifact.load(graph, "graph"), None
-    if precision == "int8":
+    loaded, recorded, chosen = artifact.load(graph, "graph"), None, None
+    if precision in CALIBRATED:
         recorded = scratch / "calibration.safetensors"
-        calibrate.record(loaded, open_splits(data).training, recorded, count=samples, seed=seed)
-    return apply.quantize(loaded, cast(Precision, precision), out, recorded)
+        calibrate.record(loaded, open_splits(data).training, recorded, **draw)
+        chosen = methods.choose(*way, loaded, recorded, out.with_name(out.name + ".work"))
+    return apply.quantize(loaded, cast(Precision, precision), out, recorded, *(chosen or ()))
 
 
 def build(
@@ -146,18 +222,72 @@ def validate(
 
 
 def bench(bundle: str | Path, backend: str | None = None, runs: int = 50, seconds: float = 3.0) -> dict[str, Any]:
-    """Times of prepare and frame on each backend of the bundle (or one), with the packaged sample as input."""
+    """Times of prepare and frame on each backend of the bundle (or one), with the packaged sample as input.
+
+    A backend that fails does not end the others: its reason is in ``failures``. If all fail, the first error is raised.
+    """
     loaded = artifact.load(assets.resolve(bundle), "bundle")
     test = open_splits("sample").test
     source, target = (int(i) for i in test.pairs[0])
     size = tuple(loaded.config["size"])
     pose = test.pose(target, size)
     backends = _backends(loaded, backend)
-    results = [bench_backend(loaded, name, test.image(source, size), pose, runs, seconds) for name in backends]
-    evidence = {"backends": results}
+    evidence: dict[str, Any] = {"backends": []}
+    failures: dict[str, Exception] = {}
+    for name in backends:
+        try:
+            measured = bench_backend(loaded, name, test.image(source, size), pose, runs, seconds)
+            evidence["backends"].append(measured)
+        except FAILURES as error:
+            failures[name] = error
+    if failures and not evidence["backends"]:
+        raise next(iter(failures.values()))
+    if failures:
+        evidence["failures"] = {name: str(error) for name, error in failures.items()}
     if backend is None:
         add_evidence(loaded, "speed", evidence)
     return evidence
+
+
+def gate(
+    bundle: str | Path,
+    name: str | None = None,
+    against: str | Path | None = None,
+    backend: str | None = None,
+    baselines: str | Path = FOLDER,
+    **changes: Any,
+) -> dict[str, Any]:
+    """Whether a frame of the bundle became slower than the baseline ``name``, or than that of the bundle ``against``.
+
+    Args:
+        baselines: the folder of the baselines, and of ``results/``.
+        changes: fields of ``regression.GateConfig`` (max_slowdown, rounds, seconds, limit_s); None is no change.
+
+    Returns:
+        ``verdict`` (pass, regression, error, no baseline or unstable), ``exit_code`` and ``backends``.
+    """
+    if (name is None) == (against is None):
+        raise ConfigError(
+            "nothing, or two things, to hold the bundle against",
+            expected="a baseline's name or another bundle",
+            fix="give one of --gate and --against",
+        )
+    config, loaded = GateConfig(**_given(changes)), artifact.load(assets.resolve(bundle), "bundle")
+    backends = _backends(loaded, backend)
+    if name is not None:
+        return run_gate(loaded, backends, name, Path(baselines), config)
+    return run_against(loaded, backends, artifact.load(assets.resolve(str(against)), "bundle"), Path(baselines), config)
+
+
+def save_baseline(
+    bundle: str | Path, name: str, backend: str | None = None, baselines: str | Path = FOLDER, **changes: Any
+) -> dict[str, Any]:
+    """Measure a frame of the bundle and keep that, with a copy of the bundle, as the baseline ``name`` of this device.
+
+    Arguments and result are as in ``gate``.
+    """
+    config, loaded = GateConfig(**_given(changes)), artifact.load(assets.resolve(bundle), "bundle")
+    return run_save(loaded, _backends(loaded, backend), name, Path(baselines), config)
 
 
 def _backends(bundle: Artifact, backend: str | None) -> list[str]:

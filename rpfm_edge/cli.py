@@ -1,5 +1,5 @@
-"""The command line: parses, calls ``rpfm_edge.api`` and prints. Exit codes: 0 good, 1 over the drift budget, 2 an
-error, 130 interrupted."""
+"""The command line: parses, calls ``rpfm_edge.api`` and prints. Exit codes: 0 good, 1 over the drift budget or slower
+than allowed, 2 an error, 3 no baseline, 4 unstable, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import errno
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -16,10 +16,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rpfm_edge import api
-from rpfm_edge.errors import RpfmError
+from rpfm_edge import api, bench_table, gate_table
+from rpfm_edge.baseline import FOLDER
+from rpfm_edge.bench import rows
+from rpfm_edge.errors import ConfigError, RpfmError
 from rpfm_edge.frontier_table import lines
 from rpfm_edge.options import parse_options
+from rpfm_edge.plan_table import plan_lines, verdict
 from rpfm_edge.validate import plural
 
 app = typer.Typer(
@@ -71,11 +74,14 @@ def train(
 
 @app.command()
 def distill(
-    teacher: Annotated[str, typer.Argument(help="A path, a shipped name (teacher:xs) or package.module:factory.")],
+    teacher: Annotated[
+        str, typer.Argument(help="A path, a shipped name (teacher:xs) or package.module:factory; with qad a student.")
+    ],
     data: Data,
     out: Out,
-    method: Annotated[str, typer.Option(help="reflow, flowmap or endpoint.")] = "flowmap",
-    steps: Annotated[int, typer.Option(help="Steps the student is meant for.")] = 4,
+    method: Annotated[str, typer.Option(help="reflow, flowmap or endpoint; qad to fine-tune a student.")] = "flowmap",
+    precision: Annotated[Optional[str], typer.Option(help="That qad is for: int8 (default) or int4-weights.")] = None,  # noqa: UP045
+    steps: Annotated[Optional[int], typer.Option(help="Of the student; default: 4, with qad the student's.")] = None,  # noqa: UP045
     seconds: Annotated[Optional[float], typer.Option(help="Training time.")] = None,  # noqa: UP045
     trajectories: Annotated[Optional[int], typer.Option(help="Teacher paths to solve first.")] = None,  # noqa: UP045
     store_seconds: Annotated[Optional[float], typer.Option(help="Stop solving paths after this time.")] = None,  # noqa: UP045
@@ -83,9 +89,10 @@ def distill(
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Distill a teacher to few steps, guidance folded in."""
+    """Distill a teacher to few steps, guidance folded in; or fine-tune a student for a precision (--method qad)."""
     changes = {
         "method": method,
+        "precision": precision,
         "steps": steps,
         "seconds": seconds,
         "trajectories": trajectories,
@@ -101,14 +108,58 @@ def quantize(
     student: Annotated[str, typer.Argument(help="A student (path or student:xs) or a float graph.")],
     data: Data,
     out: Out,
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "int8",
+    precision: Annotated[
+        str, typer.Option(help="auto, fp32, fp16, int8, int8-weights, int4-weights; TensorRT only: fp8, nvfp4.")
+    ] = "int8",
     steps: Annotated[Optional[int], typer.Option(help="Steps to unroll; default: the student's.")] = None,  # noqa: UP045
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 64,
+    method: Annotated[str, typer.Option(help="Of int8: ptq, sweep or accuracy-control.")] = "ptq",
+    least_psnr: Annotated[Optional[float], typer.Option(help="dB that accuracy-control keeps; default: 48.")] = None,  # noqa: UP045
+    target: Annotated[Optional[str], typer.Option(help="Of auto: the backend that has to be fast, here.")] = None,  # noqa: UP045
+    budget: Annotated[Optional[Path], typer.Option(help="Of auto: TOML file with a table \\[drift].")] = None,  # noqa: UP045
+    keep: Annotated[Optional[list[str]], typer.Option(help="Of auto: units that stay float, such as block0.*")] = None,  # noqa: UP045
+    pairs: Annotated[Optional[int], typer.Option(help="Of auto: validation pairs; default: 24.")] = None,  # noqa: UP045
+    points: Annotated[Optional[int], typer.Option(help="Of auto: candidates at even distances; default: 8.")] = None,  # noqa: UP045
+    option: Annotated[Optional[list[str]], typer.Option(help="Of auto: BACKEND.NAME=VALUE of the target.")] = None,  # noqa: UP045
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Export a student to ONNX and quantize it."""
-    _made(api.quantize(student, data, out, precision, steps, samples, seed), json)
+    """Export a student to ONNX and quantize it; auto: the fastest precision per layer that meets a budget."""
+    given = {"--target": target, "--budget": budget, "--keep": keep, "--pairs": pairs, "--points": points}
+    given["--option"] = option
+    if precision == "auto":
+        options = parse_options(option or ())
+        numbers = {"samples": samples, "pairs": pairs, "points": points, "keep": tuple(keep or ()), "seed": seed}
+        _planned(api.plan(student, data, out, target or "", budget, steps, options, **numbers), out, json)
+        return
+    if idle := [name for name, value in given.items() if value is not None]:
+        raise ConfigError(f"{idle[0]} with precision {precision}", expected="precision auto", fix="leave it out")
+    made = api.quantize(student, data, out, precision, steps, samples, seed, method=method, least_psnr_db=least_psnr)
+    if rows := made.lineage[-1].config.get("sweep"):
+        _sweep_table(rows)
+    _made(made, json)
+
+
+def _planned(result: Mapping[str, Any], out: Path, as_json: bool) -> None:
+    """The candidates, the verdict; exit 1 if nothing meets the budget."""
+    table = _table("candidate", "INT8", "per s", "× FP32", "p50 ms", "PSNR", "SSIM", "MiB")
+    for line in plan_lines(result):
+        table.add_row(*line.cells, style="bold" if line.best else "dim" if line.reason else None)
+    console.print(table)
+    _say(verdict(result))
+    _finish(result, as_json) if as_json else _say(f"report {out}.work/report.html")
+    if not result["chosen"]:
+        raise typer.Exit(1)
+
+
+def _sweep_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    table = _table("ranges", "SmoothQuant", "PSNR dB", "least dB", "SSIM", "MiB", "seconds")
+    for row in rows:
+        alpha = row["config"]["smooth_quant_alpha"]
+        cells = (f"{row['psnr_db']:.1f}", f"{row['psnr_db_min']:.1f}", f"{row['ssim']:.4f}")
+        ends = (f"{row['bytes'] / 2**20:.1f}", f"{row['seconds']:.0f}")
+        table.add_row(row["config"]["ranges"], "off" if alpha is None else f"{alpha:g}", *cells, *ends)
+    console.print(table)
 
 
 @app.command()
@@ -156,20 +207,44 @@ def bench(
     backend: Backend = None,
     runs: Annotated[int, typer.Option(help="At least so many frames.")] = 50,
     seconds: Annotated[float, typer.Option(help="For at least so long.")] = 3.0,
+    save: Annotated[Optional[str], typer.Option(help="Keep the times as this baseline.")] = None,  # noqa: UP045
+    gate: Annotated[Optional[str], typer.Option(help="Hold the frame against this baseline.")] = None,  # noqa: UP045
+    against: Annotated[Optional[str], typer.Option(help="Or against another bundle.")] = None,  # noqa: UP045
+    max_slowdown: Annotated[str, typer.Option(help="What a frame may lose, such as 5% or 0.05.")] = "5%",
+    limit: Annotated[float, typer.Option(help="Seconds after which a verdict is 'unstable'.")] = 120.0,
+    baselines: Annotated[Path, typer.Option(help="Folder of the baselines.")] = FOLDER,
+    stages: Annotated[bool, typer.Option("--stages", help="Say where the time of a frame goes.")] = False,
+    sustained: Annotated[float, typer.Option(help="Minutes without a pause, to see throttling.")] = 0,
+    out: Annotated[Path, typer.Option(help="Of --sustained: folder of JSON and plot.")] = Path("runs/sustained"),
     json: Json = False,
 ) -> None:
-    """Time prepare and frame on each backend."""
+    """Time prepare and frame on each backend, or judge whether the frame became slower.
+
+    Exit codes of a judgement: 0 pass, 1 regression, 2 error, 3 no baseline, 4 unstable.
+    """
+    if save or gate or against:
+        result = gate_table.judge(
+            bundle, save, gate, against, max_slowdown, backend, baselines, rounds=runs, seconds=seconds, limit_s=limit
+        )
+        gate_table.render(result, console)
+        if json:
+            _finish(result, json)
+        raise typer.Exit(result["exit_code"])
+    if stages or sustained:
+        measured = bench_table.run(bundle, backend, stages, runs, sustained, out, console)
+        if json:
+            _finish(measured, json)
+        return
     evidence = api.bench(bundle, backend, runs, seconds)
     table = _table("engine", "call", "p50 ms", "p95 ms", "p99 ms", "per s", "runs")
-    for result in evidence["backends"]:
-        engine = f"{result['backend']}, {result['precision']}, {plural(result['steps'])}"
-        for call in ("prepare", "frame"):
-            times = result[call]
-            cells = [f"{1e3 * times[p]:.2f}" for p in ("p50_s", "p95_s", "p99_s")]
-            table.add_row(engine, call, *cells, f"{times['fps']:.1f}", str(times["runs"]))
+    for row in rows(evidence):
+        table.add_row(*row)
     console.print(table)
+    for name, reason in evidence.get("failures", {}).items():
+        _say(f"{name} failed: {reason}")
     if json:
         _finish(evidence, json)
+    raise typer.Exit(2 if "failures" in evidence else 0)
 
 
 @app.command()
@@ -222,6 +297,7 @@ def frontier(
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 64,
     runs: Annotated[int, typer.Option(help="At least so many frames of each engine, all in turns.")] = 30,
     seconds: Annotated[float, typer.Option(help="For at least so long, on average.")] = 2.0,
+    option: Annotated[Optional[list[str]], typer.Option(help="BACKEND.NAME=VALUE, several times.")] = None,  # noqa: UP045
     readme: Annotated[Optional[Path], typer.Option(help="Put the table between this file's two markers.")] = None,  # noqa: UP045
     seed: Seed = 0,
     json: Json = False,
@@ -229,7 +305,8 @@ def frontier(
     """Measure quality against speed: steps × precision × backend."""
     chosen = {"steps": steps or None, "precisions": precision or None, "backends": target or None}
     counts = {"pairs": pairs, "samples": samples, "runs": runs, "seconds": seconds, "seed": seed}
-    result = api.frontier(student, against, data, out, readme, **chosen, **counts)
+    options = parse_options(option or ())
+    result = api.frontier(student, against, data, out, readme, **chosen, **counts, options=options)
     _frontier_table(result)
     _finish(result, json) if json else _say(f"wrote {out / 'frontier.md'}")
 

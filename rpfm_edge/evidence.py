@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def judge(recipe: Recipe, teacher: str | Path, student: str, bundles: Mapping[st
     measured = {n: measure_stage(images, reference, pairs, videos.get(n, ()), clips) for n, images in made.items()}
     stages += [{"stage": name, **measures} for name, measures in measured.items()] + truth_stages(pairs, clips)
     violations = Budget.from_dict(recipe.validate.budget, "the recipe").check(limited(measured[judged]))
-    speed = measure_speed(recipe, list(opened.values()), pairs.sources[0])
+    speed = measure_speed(recipe, opened, pairs.sources[0])
     columns = {"source": pairs.sources, "pose": pairs.skeletons, "ground truth": pairs.truths, "teacher": reference}
     columns |= {name: made[name] for name in (in_torch, judged)}
     found = circumstances(pairs, clips, missing_measures(pairs, test, CLIPS))
@@ -72,16 +72,18 @@ def judge(recipe: Recipe, teacher: str | Path, student: str, bundles: Mapping[st
     pictures = save_pictures(out.parent / "pictures", columns, recipe.validate.pictures)
     artifact.write_text(out, json.dumps({**quality, "speed": speed, "judged": judged, "pictures": pictures}, indent=1))
     add_evidence(own, "drift", quality)
-    add_evidence(own, "speed", {"backends": [s for s in speed if s["precision"] == own.config["precision"]]})
+    add_evidence(own, "speed", {"backends": [s for s in speed if s["precision"] == recipe.quantize.precision]})
 
 
-def measure_speed(recipe: Recipe, bundles: Sequence[Artifact], source: np.ndarray) -> list[dict[str, Any]]:
-    """Every bundle on every target, with ``source`` in the pose of the first held-out target."""
+def measure_speed(recipe: Recipe, bundles: Mapping[str, Artifact], source: np.ndarray) -> list[dict[str, Any]]:
+    """Every bundle, by the precision asked for, on every target, with ``source`` in the pose of the first held-out
+    target."""
     test = open_splits(recipe.data).test
-    pose = test.pose(int(test.pairs[0][1]), tuple(bundles[0].config["size"]))
+    pose = test.pose(int(test.pairs[0][1]), tuple(next(iter(bundles.values())).config["size"]))
+    runs, seconds = recipe.bench.runs, recipe.bench.seconds
     return [
-        bench_backend(bundle, backend, source, pose, recipe.bench.runs, recipe.bench.seconds)
-        for bundle in bundles
+        {**bench_backend(bundle, backend, source, pose, runs, seconds), "precision": precision}
+        for precision, bundle in bundles.items()
         for backend in recipe.build.targets
     ]
 
@@ -145,6 +147,9 @@ def write_page(
             "notes": [*speed_notes(found), *truth_notes(gain)],
         },
     }
+    plan = out.parent / "graphs" / "auto" / "evidence" / "plan.json"
+    if recipe.quantize.precision == "auto":
+        page["plan"] = json.loads(plan.read_text(encoding="utf-8"))
     if recipe.frontier:
         page["frontier"] = json.loads(frontier.read_text(encoding="utf-8"))
     write_report(out, page)

@@ -12,14 +12,17 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from rpfm_edge import artifact, assets
 from rpfm_edge.errors import ArtifactError, ConfigError
+from rpfm_edge.precisions import require_backends
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "int8", "int8-weights", "int4-weights", "fp8", "nvfp4"]
 PRECISIONS = get_args(Precision)
+Method = Literal["ptq", "sweep", "accuracy-control"]
+METHODS = get_args(Method)
 Backend = Literal["openvino", "onnxruntime", "tensorrt", "torch-tensorrt", "torch"]
 T = TypeVar("T")
 
@@ -82,12 +85,29 @@ class StudentTable:
 
 
 @dataclass(frozen=True, slots=True)
-class QuantizeTable:
-    """``precision`` is the bundle's; ``also`` are further ones to report drift and speed for."""
+class QadTable:
+    """Fine-tunes the student that goes on, for the precision that it will be quantized to. ``steps``: those of
+    [student] if left out, or the student's own. ``lr``: by the precision if left out."""
 
-    precision: Precision = "int8"
+    precision: Literal["int8", "int4-weights"] = "int8"
+    steps: int | None = None
+    seconds: float = 400.0
+    lr: float | None = None
+    batch: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeTable:
+    """``precision`` is the bundle's; ``also`` are further ones to report drift and speed for. ``method`` and
+    ``least_psnr_db`` are of int8. ``auto`` is the fastest precision per layer on the first target that meets
+    ``budget``: limits as in a budget file, but against the float graph."""
+
+    precision: Precision | Literal["auto"] = "int8"
     also: tuple[Precision, ...] = ("fp32", "fp16")
     samples: int = 64
+    method: Method = "ptq"
+    least_psnr_db: float | None = None
+    budget: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +172,7 @@ class Recipe:
     store: StoreTable = field(default_factory=StoreTable)
     distill: tuple[DistillTable, ...] = ()
     student: StudentTable = field(default_factory=StudentTable)
+    qad: QadTable | None = None
     quantize: QuantizeTable = field(default_factory=QuantizeTable)
     build: BuildTable = field(default_factory=BuildTable)
     validate: ValidateTable = field(default_factory=ValidateTable)
@@ -169,7 +190,8 @@ def load_recipe(path: Path | str) -> Recipe:
     """Read a recipe.
 
     Raises:
-        ConfigError: a missing or broken file, an unknown key, a value of another type, or a name of no student.
+        ConfigError: a missing or broken file, an unknown key, a value of another type, a name of no student, or a
+            target that does not compute in a precision.
         ArtifactError: a student that is given as an artifact and is none.
     """
     table = read_toml(Path(path))
@@ -183,7 +205,23 @@ def load_recipe(path: Path | str) -> Recipe:
     recipe = parse(Recipe, table, str(path))
     _check_names(recipe, str(path))
     _check_student(recipe, str(path))
+    for precision in (recipe.quantize.precision, *recipe.quantize.also):
+        require_backends(precision, recipe.build.targets)
+    asked = recipe.quantize
+    check_method(asked.method, asked.least_psnr_db, "int8" if "int8" in asked.also else asked.precision)
     return recipe
+
+
+def check_method(method: str, least_psnr_db: float | None, precision: str) -> None:
+    """Raise ``ConfigError`` for a method of INT8 that is unknown or does not fit the rest."""
+    if method not in METHODS:
+        raise ConfigError(f"unknown method {method!r}", expected=f"one of {METHODS}", fix="check the spelling")
+    if method != "ptq" and precision != "int8":
+        raise ConfigError(f"method {method} for {precision}", expected="int8", fix="leave the method out")
+    if least_psnr_db is not None and method != "accuracy-control":
+        raise ConfigError(
+            f"a least PSNR for method {method}", expected="method accuracy-control", fix="choose it, or leave it out"
+        )
 
 
 RESERVED = ("teacher", "data")

@@ -11,6 +11,7 @@ from typing import Any
 
 from rpfm_edge import api
 from rpfm_edge.artifact import json_digest
+from rpfm_edge.errors import ConfigError
 from rpfm_edge.evidence import judge, render_picture, write_page
 from rpfm_edge.gain import GainConfig, measure_gain
 from rpfm_edge.keypoints import missing_pose
@@ -29,6 +30,7 @@ def run_recipe(path: Path) -> dict[str, Any]:
     students = _students(recipe, stages, teacher)
     _gain(recipe, stages, teacher, students)
     student = recipe.student.artifact or str(students[recipe.student.from_ or list(students)[-1]])
+    student = _fine_tune(recipe, stages, student)
     graphs = _quantize(recipe, stages, student)
     bundles = {precision: _build(recipe, stages, precision, graph) for precision, graph in graphs.items()}
     _frontier(recipe, stages, teacher, student)
@@ -98,6 +100,17 @@ def _students(recipe: Recipe, stages: Stages, teacher: str | Path) -> dict[str, 
     return made
 
 
+def _fine_tune(recipe: Recipe, stages: Stages, student: str) -> str:
+    """The student that goes on, after quantization-aware distillation where the recipe asks for it."""
+    if recipe.qad is None:
+        return student
+    out, fields = stages.folder / "qad", asdict(recipe.qad)
+    fields["steps"] = fields["steps"] or recipe.student.steps
+    make = partial(api.distill, student, recipe.data, out, method="qad", seed=recipe.seed, **fields)
+    stages.once("qad", [fields, recipe.seed], {"student": student, "data": recipe.data}, out, make, tools=())
+    return str(out)
+
+
 def _quantize(recipe: Recipe, stages: Stages, student: str) -> dict[str, Path]:
     """Precision → graph; the float graph is exported once and the others are made from it."""
     folder, steps, seed = stages.folder / "graphs", recipe.student.steps, recipe.seed
@@ -106,20 +119,42 @@ def _quantize(recipe: Recipe, stages: Stages, student: str) -> dict[str, Path]:
         "export", steps, {"student": student}, fp32, lambda: api.quantize(student, recipe.data, fp32, "fp32", steps)
     )
     graphs: dict[str, Path] = {}
+    asked = {"method": recipe.quantize.method, "least_psnr_db": recipe.quantize.least_psnr_db}
     for precision in dict.fromkeys((*recipe.quantize.also, recipe.quantize.precision)):
         out = folder / precision
-        if precision != "fp32":
+        if precision == "auto":
+            _plan(recipe, stages, fp32, out)
+        elif precision != "fp32":
+            way = asked if precision == "int8" and asked["method"] != "ptq" else {}
             stages.once(
                 precision,
-                [samples, seed],
+                [samples, seed, *way.values()],
                 {"graph": fp32, "data": recipe.data},
                 out,
-                lambda out=out, precision=precision: api.quantize(
-                    fp32, recipe.data, out, precision, None, samples, seed
+                lambda out=out, precision=precision, way=way: api.quantize(
+                    fp32, recipe.data, out, precision, None, samples, seed, **way
                 ),  # type: ignore[misc]
             )
         graphs[precision] = out
     return graphs
+
+
+def _plan(recipe: Recipe, stages: Stages, graph: Path, out: Path) -> None:
+    """The fastest precision per layer on the first target."""
+    target, table, seed = recipe.build.targets[0], recipe.quantize, recipe.seed
+    options: dict[str, dict[str, Any]] = {target: recipe.build.options(target)}
+
+    def make() -> None:
+        found = api.plan(graph, recipe.data, out, target, table.budget, None, options, samples=table.samples, seed=seed)
+        if not found["chosen"]:
+            raise ConfigError(
+                f"no precision meets the budget of [quantize] ({found['best']} is the nearest)",
+                expected="limits that the float graph meets",
+                fix=f"see {out}.work/report.html",
+            )
+
+    config = [target, options, dict(table.budget), table.samples, seed]
+    stages.once("auto", config, {"graph": graph, "data": recipe.data}, out, make)
 
 
 def _build(recipe: Recipe, stages: Stages, precision: str, graph: Path) -> Path:
@@ -159,7 +194,9 @@ def _frontier(recipe: Recipe, stages: Stages, teacher: str | Path, student: str)
     from rpfm_edge.frontier import measure_frontier
 
     out, bench = stages.folder / "frontier", asdict(recipe.bench)
-    config = {**asdict(recipe.frontier), "backends": recipe.build.targets, "seed": recipe.seed, **bench}
+    targets = recipe.build.targets
+    options = {name: recipe.build.options(name) for name in targets}
+    config = {**asdict(recipe.frontier), "backends": targets, "options": options, "seed": recipe.seed, **bench}
     stages.once(
         "frontier",
         [config, recipe.data],
