@@ -1,4 +1,5 @@
-"""TensorRT without a GPU: tensorrt_rtx parses and builds every graph that we export, and INT8 stays INT8 in it.
+"""TensorRT without a GPU: tensorrt_rtx parses and builds every graph that we export, and INT8 stays INT8 in it, as do
+FP8 and NVFP4.
 
 Its parser and its builder are the real ones. What is not shown here, because only a GPU can: that an engine loads, that
 it computes the right picture, and how fast.
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rpfm_edge import artifact, assets
+from rpfm_edge import artifact, assets, precisions
 from rpfm_edge.artifact import Artifact
 from rpfm_edge.data import open_split, sample_root
 from runtimes import trt, trt_api
@@ -46,9 +47,10 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Art
         if precision == "fp32":
             return export(student(preset, folder / preset), out, 1)
         exact, samples = make(preset, "fp32"), folder / f"{preset}.safetensors"
-        if precision == "int8":
+        calibrated = precision in precisions.CALIBRATED
+        if calibrated and not samples.exists():
             calibrate.record(exact, open_split(sample_root(), "test"), samples, 8)
-        return apply.quantize(exact, precision, out, samples if precision == "int8" else None)  # type: ignore[arg-type]
+        return apply.quantize(exact, precision, out, samples if calibrated else None)  # type: ignore[arg-type]
 
     return make
 
@@ -100,4 +102,20 @@ def test_builds_with_int8_kernels_and_fused_attention(
     assert found == wanted
     depth = graph.signatures["prepare"].outputs[0].shape[0]
     # The last layer of prepare ends in its keys and values, which attend to nothing.
+    assert attention == (depth - 1 if name == "prepare" else depth * graph.config["steps"])
+
+
+@pytest.mark.parametrize("name", ["prepare", "frame"])
+@pytest.mark.parametrize(("precision", "target"), [("fp8", "8.9"), ("fp8", "12.0"), ("nvfp4", "12.0")])
+def test_builds_with_fp8_and_fp4_kernels(
+    graphs: Callable[[str, str], Artifact], precision: str, target: str, name: str, library: trt_api.Library
+) -> None:
+    log: list[str] = []
+    graph = graphs("xs", precision)
+    plan = build_plan(library, trt.graph_file(graph, name, library), Settings(targets=(target,)), log=log.append)
+    wanted = {kind: graph.config.get(f"{kind}_layers", {}).get(name, {}) for kind in ("fp8", "nvfp4")}
+    found = {"fp8": trt_log.products(log, "FP8"), "nvfp4": trt_log.products(log, "FP4E2M1")}
+    attention, depth = trt_log.fused_attention(log), graph.signatures["prepare"].outputs[0].shape[0]
+    print(f"xs {name} {precision} {target}: {len(plan) / 2**20:.1f} MiB, {found} of {wanted}, attention {attention}")
+    assert found == wanted
     assert attention == (depth - 1 if name == "prepare" else depth * graph.config["steps"])

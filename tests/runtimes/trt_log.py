@@ -11,12 +11,17 @@ PRODUCTS = {"gemm": "Gemm", "correlation": "Conv"}  # its name for a matrix prod
 
 def int8_products(log: Iterable[str]) -> dict[str, int]:
     """ONNX kind → kernels whose first input and first weights are INT8."""
+    return products(log, "Int8")
+
+
+def products(log: Iterable[str], kind_of_data: str) -> dict[str, int]:
+    """ONNX kind → kernels whose first input and first weights are of that type: "Int8", "FP8" or "FP4E2M1"."""
     found: Counter[str] = Counter()
     for line in layers(log):
         kind = _kind(line)
         inputs, _, rest = line.partition("Constants: [")
         types = [re.search(r"Datatype: (\w+)", part) for part in (inputs, rest)]
-        if kind in PRODUCTS and all(match and match.group(1) == "Int8" for match in types):
+        if kind in PRODUCTS and all(match and match.group(1) == kind_of_data for match in types):
             found[PRODUCTS[kind]] += 1
     return dict(found)
 

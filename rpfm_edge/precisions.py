@@ -1,0 +1,37 @@
+"""Precisions that only some backends and GPUs compute in, and the refusal of the others before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rpfm_edge import jetson
+from rpfm_edge.errors import ConfigError
+
+CALIBRATED = ("int8", "fp8", "nvfp4")  # on samples
+BACKENDS = {"fp8": ("tensorrt",), "nvfp4": ("tensorrt",)}  # a precision that is not listed runs on all
+GPUS = {
+    "fp8": "8.9 or later: Ada, Hopper, Blackwell, Jetson Thor",
+    "nvfp4": "10.0 or later: Blackwell, Jetson Thor",
+}
+
+
+def require_backends(precision: str, backends: Iterable[str]) -> None:
+    """Raise ``ConfigError`` for the first of ``backends`` that does not compute in ``precision``."""
+    for backend in backends:
+        if backend not in BACKENDS.get(precision, (backend,)):
+            raise ConfigError(
+                f"{backend} does not compute in {precision}",
+                expected=f"the backend {' or '.join(BACKENDS[precision])}",
+                fix=f"quantize to int8 or fp16 for {backend}",
+            )
+
+
+def require_gpus(precision: str, capabilities: Iterable[str]) -> None:
+    """Raise ``ConfigError`` for the first of ``capabilities``, such as "8.6", whose GPUs lack ``precision``."""
+    for capability in capabilities:
+        if jetson.supports({"compute_capability": capability}, precision) is False:
+            raise ConfigError(
+                f"GPUs of compute capability {capability} do not compute in {precision}",
+                expected=GPUS[precision],
+                fix="quantize to int8 or fp16 for them",
+            )
