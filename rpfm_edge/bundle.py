@@ -12,6 +12,7 @@ import runtimes
 from rpfm_edge import artifact, assets, canary
 from rpfm_edge.artifact import Artifact, Stage, file_digest, tool_versions
 from rpfm_edge.errors import ArtifactError, ConfigError
+from rpfm_edge.precisions import require_backends
 
 EVIDENCE = "evidence"
 
@@ -23,6 +24,9 @@ def build(
 
     ``graph`` may also be a bundle: its engines are kept and the new ones are added. ``options`` are per backend. With
     ONNX Runtime here, the bundle gets a canary, by which an engine that is built elsewhere later can be judged.
+
+    Raises:
+        ConfigError: no target, options of another backend, or a target that does not compute in the graph's precision.
     """
     if not targets:
         raise ConfigError("no target", expected=f"one of {sorted(runtimes.BACKENDS)}", fix="give --target")
@@ -31,6 +35,7 @@ def build(
             f"options of {idle[0]!r}, which is no target", expected=f"one of {list(targets)}", fix="correct the name"
         )
     source = artifact.load(assets.resolve(graph), "graph", "bundle")
+    require_backends(str(source.config.get("precision", "fp32")), targets)
     backends = dict(source.config.get("backends", {}))
     tools: dict[str, str] = {}
     with artifact.replacing_folder(out) as folder:
@@ -48,7 +53,7 @@ def build(
                 engine.mkdir(parents=True)
                 runtime.build(source, name, engine, chosen)
             backends[target] = chosen
-            tools |= runtime.versions()
+            tools |= runtime.versions(chosen)
         stage = Stage("build", {"backends": backends}, tool_versions() | tools, {source.kind: source.digest})
         config = {**source.config, "backends": backends}
         artifact.seal(folder, "bundle", config, source.signatures, (*source.lineage, stage))

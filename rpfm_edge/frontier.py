@@ -10,8 +10,9 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,13 @@ from rpfm_edge.frontier_table import markdown, pareto, points, psnr
 from rpfm_edge.measure import Call, Latency
 from rpfm_edge.metrics import missing_metrics
 from rpfm_edge.pipeline import Pipeline
+from rpfm_edge.precisions import CALIBRATED
 from rpfm_edge.recipe import PRECISIONS
 from rpfm_edge.splits import open_splits
 from rpfm_edge.stages import Stages, console
 from rpfm_edge.validate import Pairs, bundle_images, circumstances, draw_pairs, drift
 
+ON_GPU = ("tensorrt", "torch-tensorrt")  # whose engines belong to one GPU
 REFUSALS = (ArtifactError, BackendError, ParityError, SignatureError, RuntimeError)  # of a graph or an engine
 
 
@@ -59,6 +62,7 @@ class _Work:
     seed: int
     pairs: Pairs
     stages: Stages
+    options: Mapping[str, Mapping[str, Any]]
 
     @property
     def folder(self) -> Path:
@@ -78,6 +82,7 @@ def measure_frontier(
     runs: int = 30,
     seconds: float = 2.0,
     seed: int = 0,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Measure every combination, and write ``frontier.json``, ``frontier.md`` and ``frontier.png`` into ``out``.
 
@@ -88,6 +93,7 @@ def measure_frontier(
         pairs: held-out pairs; every quality is measured on them, at the same noise.
         samples: calibration samples of INT8.
         runs, seconds: rounds at least, and seconds for each engine on average; a round times one frame of every engine.
+        options: of backends, by name.
 
     Returns:
         the content of ``frontier.json``: ``rows`` (``steps``, ``precision``, ``backend``, ``against_teacher``,
@@ -97,14 +103,14 @@ def measure_frontier(
         ConfigError: a number or a name that cannot be.
         BackendError: nothing could be measured.
     """
-    candidates = _candidates(steps, precisions, backends)
+    candidates = _candidates(steps, precisions, backends, options or {})
     if samples < 1 or runs < 1:
         raise ConfigError(f"{samples} samples and {runs} runs", expected="at least 1 of each", fix="ask for more")
     config = artifact.load(assets.resolve(student), "student").config
     size, network, test = tuple(config["size"]), config["network"], open_splits(data).test
     drawn = draw_pairs(test, pairs, size, (network["latent_channels"], *network["latent_size"]), seed)
     stages = Stages(Path(out) / "work")
-    work = _Work(assets.resolve(student), str(teacher), str(data), samples, seed, drawn, stages)
+    work = _Work(assets.resolve(student), str(teacher), str(data), samples, seed, drawn, stages, options or {})
 
     reference = _reference(work)
     rows = [_teacher_row(work, reference, count) for count in sorted(set(steps))]
@@ -115,7 +121,7 @@ def measure_frontier(
     rows += [{**row, "frame": times[row["name"]].to_json()} if "reason" not in row else row for row in made]
     result = {
         **circumstances(drawn),
-        "machine": measure.where(_versions({c.backend for c in bundles})),
+        "machine": measure.where(_versions(work, {c.backend for c in bundles})),
         "student": str(student),
         "teacher": str(teacher),
         "data": str(data),
@@ -128,13 +134,20 @@ def measure_frontier(
     return result
 
 
-def _candidates(steps: Sequence[int], precisions: Sequence[str], backends: Sequence[str]) -> list[Candidate]:
+def _candidates(
+    steps: Sequence[int], precisions: Sequence[str], backends: Sequence[str], options: Mapping[str, Any]
+) -> list[Candidate]:
     """Every combination, and eager torch, which runs the float student only."""
     for what, given, known in (("precision", precisions, PRECISIONS), ("backend", backends, sorted(runtimes.BACKENDS))):
         if unknown := [one for one in given if one not in known]:
             raise ConfigError(f"unknown {what} {unknown[0]!r}", expected=f"one of {known}", fix="check the spelling")
     if not steps or min(steps) < 1:
         raise ConfigError(f"steps {list(steps)}", expected="at least one number, each at least 1", fix="correct them")
+    measured = [*dict.fromkeys(backends), "torch"]
+    if idle := sorted(set(options) - set(measured)):
+        raise ConfigError(
+            f"options of {idle[0]!r}, which is not measured", expected=f"one of {measured}", fix="correct the name"
+        )
     counts = sorted(set(steps))
     engines = [(p, b) for b in dict.fromkeys(backends) if b != "torch" for p in dict.fromkeys(precisions)]
     return [Candidate(count, *engine) for count in counts for engine in (*engines, ("fp32", "torch"))]
@@ -209,9 +222,17 @@ def _engines(
 def _bundle(work: _Work, candidate: Candidate, graph: Path) -> Path:
     """A bundle of its own for each candidate, so that one backend that refuses a graph does not fail another."""
     out = work.folder / "bundles" / candidate.name
-    build = partial(api.build, graph, out, candidate.backend)
-    tools = runtimes.load(candidate.backend).versions()
-    return work.stages.once(f"build-{candidate.name}", tools, {"graph": graph}, out, build)[0]
+    backend, options = candidate.backend, dict(work.options.get(candidate.backend, {}))
+    build = partial(api.build, graph, out, backend, {backend: options})
+    made_by = [runtimes.load(backend).versions(options), options, _device(backend)]
+    return work.stages.once(f"build-{candidate.name}", made_by, {"graph": graph}, out, build)[0]
+
+
+def _device(backend: str) -> dict[str, Any]:
+    """What an engine runs on, so that work that was copied from another machine is not taken for this one's."""
+    if backend in ON_GPU:
+        return asdict(import_module("runtimes.trt_cuda").device())
+    return {name: fact for name, fact in measure.where().items() if name in ("cpu", "board")}
 
 
 def _graph(work: _Work, steps: int, precision: str) -> Path:
@@ -223,7 +244,7 @@ def _graph(work: _Work, steps: int, precision: str) -> Path:
         return work.stages.once(f"export-{steps}", steps, {"student": student}, out, export)[0]
     graph, draws = _graph(work, steps, "fp32"), [work.samples, work.seed]
     convert = partial(api.quantize, graph, data, out, precision, None, *draws)
-    config = draws if precision == "int8" else None
+    config = draws if precision in CALIBRATED else None
     return work.stages.once(f"{precision}-{steps}", config, {"graph": graph, "data": data}, out, convert)[0]
 
 
@@ -254,8 +275,9 @@ def steady(calls: Mapping[str, Call], rounds: int, warmup: int = 0) -> dict[str,
     return {name: times[f"{name}/1"] for name in calls}
 
 
-def _versions(backends: Iterable[str]) -> dict[str, str]:
-    return {name: version for one in sorted(backends) for name, version in runtimes.load(one).versions().items()}
+def _versions(work: _Work, backends: Iterable[str]) -> dict[str, str]:
+    found = ((runtimes.load(one), work.options.get(one)) for one in sorted(backends))
+    return {name: version for runtime, options in found for name, version in runtime.versions(options).items()}
 
 
 def _marked(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

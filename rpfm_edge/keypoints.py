@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from rpfm_edge.artifact import file_digest, write_bytes
+from rpfm_edge.cache import cache_root
 from rpfm_edge.errors import ArtifactError, BackendError, ConfigError, InputError, RpfmError
 from rpfm_edge.image import fit_image, letterbox
 from rpfm_edge.metrics import Summary, import_extra, statistics
@@ -43,9 +44,8 @@ _NECK, _HIPS = 1, (8, 11)
 
 
 def cached_file() -> Path:
-    """Where ``fetch`` keeps the network: in ``$RPFM_EDGE_CACHE/pose``, by default ``~/.cache/rpfm-edge/pose``."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rpfm-edge"
-    return Path(os.environ.get("RPFM_EDGE_CACHE") or default) / "pose" / Path(MEMBER).name
+    """Where ``fetch`` keeps the network: ``pose`` in ``cache_root``."""
+    return cache_root() / "pose" / Path(MEMBER).name
 
 
 def pose_weights() -> Path | None:

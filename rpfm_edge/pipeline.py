@@ -48,13 +48,14 @@ class Pipeline:
     Attributes:
         size: (height, width) of source, pose and output in pixels.
         backend: the name of the backend that runs.
-        noise: the bundle's noise, (1, C, h, w) float32; the same noise for every frame keeps a video steady.
+        noise: the bundle's noise, (1, C, h, w) float32; the same noise for every frame keeps a video steady. It is in
+            the form that the engine takes fastest, perhaps frozen: assign another array, do not change this one.
     """
 
     def __init__(self, bundle: Artifact, backend: str, prepare: Session, frame: Session, resources: ExitStack) -> None:
         self.bundle, self.backend = bundle, backend
         self.size: tuple[int, int] = tuple(bundle.config["size"])
-        self.noise: np.ndarray = np.load(bundle.file("noise.npy"), allow_pickle=False)
+        self.noise: np.ndarray = frame.keep(np.load(bundle.file("noise.npy"), allow_pickle=False))
         self._digest = bundle.digest
         self._prepare, self._frame, self._resources = prepare, frame, resources
 

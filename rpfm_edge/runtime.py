@@ -1,4 +1,4 @@
-"""What every backend offers: two verbs, build and open, and a session that runs a graph.
+"""What every backend offers: three verbs, build, open and profile, and a session that runs a graph.
 
 The table of backends is ``runtimes.BACKENDS``; ``runtimes.load(name)`` returns one of these.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,21 @@ import numpy as np
 
 from rpfm_edge.artifact import Artifact
 from rpfm_edge.signature import Feeds, Signature
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTime:
+    """What one kernel of an engine costs.
+
+    Attributes:
+        names: the ONNX nodes that it computes, as far as the library tells; none for a kernel of the library's own.
+        kind: the library's name for the kernel, such as ``brgconv_avx512_I8``.
+        seconds: median over the runs.
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    seconds: float
 
 
 class Session(Protocol):
@@ -43,5 +59,13 @@ class Runtime(Protocol):
     def open(self, engine: Path, signature: Signature, options: Mapping[str, Any]) -> AbstractContextManager[Session]:
         """Load what ``build`` wrote; leaving the context frees it."""
 
-    def versions(self) -> dict[str, str]:
-        """Distribution name → version of the libraries that this backend runs on."""
+    def profile(
+        self, engine: Path, signature: Signature, options: Mapping[str, Any], feeds: Feeds, runs: int = 30
+    ) -> list[LayerTime]:
+        """One entry for each kernel that runs, by the library's own profiler, which slows the engine down a little.
+
+        Raises ``SignatureError`` on feeds that do not fit, ``BackendError`` where the library cannot tell.
+        """
+
+    def versions(self, options: Mapping[str, Any] | None = None) -> dict[str, str]:
+        """Distribution name → version of the libraries that this backend runs on, with these options."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -13,14 +15,17 @@ import onnxruntime
 
 from rpfm_edge.artifact import Artifact
 from rpfm_edge.errors import ArtifactError, BackendError
-from rpfm_edge.runtime import Session
+from rpfm_edge.metrics import import_extra
+from rpfm_edge.runtime import LayerTime, Session
 from rpfm_edge.signature import Feeds, Signature, TensorSpec
+from runtimes import profiling
 from runtimes.options import checked
 from runtimes.session import guarded, require_signature
 
 name = "onnxruntime"
 MODEL = "model.onnx"
 DEFAULTS = {"provider": "CPUExecutionProvider", "threads": 0}  # 0: all cores
+KERNEL, CAST, BLOCKED = "_kernel_time", "InsertedPrecisionFreeCast_", "_nchwc"  # around names in a profile
 DTYPES = {"float": "float32"}  # where ONNX Runtime's name is not numpy's
 
 
@@ -46,17 +51,7 @@ def build(graph: Artifact, name: str, engine: Path, options: Mapping[str, Any]) 
 @contextmanager
 def open(engine: Path, signature: Signature, options: Mapping[str, Any]) -> Iterator[Session]:
     """Load the graph of ``engine``. Inputs are read where they lie, during ``run`` only."""
-    path = engine / MODEL
-    option = checked_options(options)
-    try:
-        loaded = _session(path, option)
-    except _refusals() as error:
-        raise ArtifactError(
-            f"{path} is missing or damaged ({_cause(error)})",
-            expected="the graph that was built",
-            fix="copy the bundle again or build the engine again",
-        ) from error
-    require_signature(path, _signature(loaded), signature)
+    loaded = _load(engine / MODEL, signature, checked_options(options))
     names = [spec.name for spec in signature.outputs]
 
     def call(feeds: Feeds) -> dict[str, np.ndarray]:
@@ -66,7 +61,29 @@ def open(engine: Path, signature: Signature, options: Mapping[str, Any]) -> Iter
         yield session
 
 
-def versions() -> dict[str, str]:
+def profile(
+    engine: Path, signature: Signature, options: Mapping[str, Any], feeds: Feeds, runs: int = 30
+) -> list[LayerTime]:
+    """Layer times by ONNX Runtime's profiler, in whole microseconds. Of a fused kernel, ``names`` has the product.
+
+    Needs the package onnx, since kernels are named after tensors too.
+    """
+    profiling.require(signature, feeds, runs)
+    option = checked_options(options)
+    if option["provider"] != DEFAULTS["provider"]:
+        profiling.refuse("onnxruntime", f"its profiler times only the launch of kernels on {option['provider']}")
+    onnx = import_extra("onnx", "quantize")
+    with TemporaryDirectory() as folder:
+        loaded = _load(engine / MODEL, signature, option, Path(folder) / "profile")
+        names = [spec.name for spec in signature.outputs]
+        for _ in range(profiling.WARM_UP + runs):
+            loaded.run(names, feeds)
+        events = json.loads(Path(loaded.end_profiling()).read_text(encoding="utf-8"))
+    nodes = onnx.load(engine / MODEL, load_external_data=False).graph.node
+    return profiling.medians(_entries(events, {node.name: node for node in nodes if node.name}))
+
+
+def versions(options: Mapping[str, Any] | None = None) -> dict[str, str]:
     """The version of ONNX Runtime."""
     return {"onnxruntime": onnxruntime.__version__}
 
@@ -84,8 +101,50 @@ def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return option
 
 
-def _session(path: Path, option: Mapping[str, Any]) -> onnxruntime.InferenceSession:
+def _load(
+    path: Path, signature: Signature, option: Mapping[str, Any], profile: Path | None = None
+) -> onnxruntime.InferenceSession:
+    try:
+        loaded = _session(path, option, profile)
+    except _refusals() as error:
+        raise ArtifactError(
+            f"{path} is missing or damaged ({_cause(error)})",
+            expected="the graph that was built",
+            fix="copy the bundle again or build the engine again",
+        ) from error
+    require_signature(path, _signature(loaded), signature)
+    return loaded
+
+
+def _entries(events: list[Any], nodes: Mapping[str, Any]) -> list[profiling.Entry]:
+    """Every run of every kernel in a profile; ``nodes``: those of the graph that was loaded, by name."""
+    makers = {tensor: node for node in nodes.values() for tensor in node.output}
+    found: list[profiling.Entry] = []
+    for event in events:
+        kernel = event["name"].removesuffix(KERNEL)
+        if event.get("cat") == "Node" and kernel != event["name"]:
+            kind = event["args"]["op_name"]
+            found.append((kernel, _nodes(kernel, kind, nodes, makers), kind, event["dur"] * 1e-6))
+    return found
+
+
+def _nodes(kernel: str, kind: str, nodes: Mapping[str, Any], makers: Mapping[str, Any]) -> tuple[str, ...]:
+    """The nodes that a kernel computes: it is named after one, perhaps with its fusions behind, or after a tensor."""
+    if kernel in nodes:
+        return (kernel,)
+    tensor = kernel.removeprefix(CAST).removesuffix(BLOCKED)
+    node, found = makers.get(tensor) if kernel.endswith(BLOCKED) else None, []
+    while node is not None:  # back over what was fused behind it, to the convolution itself
+        found.append(node.name)
+        node = makers.get(node.input[0]) if node.op_type != kind else None
+    first = "/".join(kernel.split("/")[: next((i for i, part in enumerate(kernel.split("/")) if "Fusion" in part), 0)])
+    return tuple(found) or ((first,) if first in nodes else ())
+
+
+def _session(path: Path, option: Mapping[str, Any], profile: Path | None = None) -> onnxruntime.InferenceSession:
     settings = onnxruntime.SessionOptions()
+    if profile:
+        settings.enable_profiling, settings.profile_file_prefix = True, str(profile)
     settings.intra_op_num_threads = option["threads"]
     settings.log_severity_level = 3  # errors: warnings about providers are turned into one below
     session = onnxruntime.InferenceSession(path, settings, providers=[option["provider"]])

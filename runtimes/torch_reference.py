@@ -20,8 +20,9 @@ import numpy as np
 from rpfm_edge import artifact
 from rpfm_edge.artifact import Artifact
 from rpfm_edge.errors import ArtifactError, BackendError, SignatureError
-from rpfm_edge.runtime import Session
+from rpfm_edge.runtime import LayerTime, Session
 from rpfm_edge.signature import Feeds, Signature
+from runtimes import profiling
 from runtimes.options import checked
 from runtimes.session import guarded
 
@@ -65,7 +66,14 @@ def open(engine: Path, signature: Signature, options: Mapping[str, Any]) -> Iter
         torch.set_num_threads(before)
 
 
-def versions() -> dict[str, str]:
+def profile(
+    engine: Path, signature: Signature, options: Mapping[str, Any], feeds: Feeds, runs: int = 30
+) -> list[LayerTime]:
+    """Refused: torch runs the student, which has no ONNX nodes."""
+    profiling.refuse("torch", "it runs the student itself, not the ONNX graph")
+
+
+def versions(options: Mapping[str, Any] | None = None) -> dict[str, str]:
     """The version of torch."""
     return {"torch": str(_torch().__version__)}
 

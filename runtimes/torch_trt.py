@@ -16,9 +16,9 @@ from typing import Any
 from rpfm_edge import artifact, canary
 from rpfm_edge.artifact import Artifact, tool_versions
 from rpfm_edge.errors import BackendError, ConfigError
-from rpfm_edge.runtime import Session
-from rpfm_edge.signature import Signature
-from runtimes import trt, trt_store
+from rpfm_edge.runtime import LayerTime, Session
+from rpfm_edge.signature import Feeds, Signature
+from runtimes import profiling, trt, trt_store
 from runtimes.options import checked
 from runtimes.torch_reference import STUDENT, require_student, trusted
 from runtimes.trt_api import load as load_library
@@ -62,15 +62,25 @@ def build(graph: Artifact, name: str, engine: Path, options: Mapping[str, Any]) 
 
 @contextmanager
 def open(engine: Path, signature: Signature, options: Mapping[str, Any]) -> Iterator[Session]:
-    """Load the plan of ``engine`` as the ``tensorrt`` backend does, with the library that it was built with."""
+    """Load the plan of ``engine`` as the ``tensorrt`` backend does, with the library that it was built with.
+
+    One of another GPU is not built again here: that takes the student, torch and minutes.
+    """
     option = checked_options(options)
     _, made = trt_store.read(engine)
-    running = {key: option[key] for key in RUN_ONLY} | {"library": made["library"]}
+    running = {key: option[key] for key in RUN_ONLY} | {"library": made["library"], "rebuild": False}
     with trt.open(engine, signature, running) as session:
         yield session
 
 
-def versions() -> dict[str, str]:
+def profile(
+    engine: Path, signature: Signature, options: Mapping[str, Any], feeds: Feeds, runs: int = 30
+) -> list[LayerTime]:
+    """Refused: the engine comes from the student, which has no ONNX nodes."""
+    profiling.refuse("torch-tensorrt", "its engine is made from the student, not from the ONNX graph")
+
+
+def versions(options: Mapping[str, Any] | None = None) -> dict[str, str]:
     """The version of torch-tensorrt, under the name of its distribution."""
     return {key: value for key, value in tool_versions(*DISTRIBUTIONS).items() if key in DISTRIBUTIONS}
 

@@ -7,21 +7,25 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from rpfm_edge import artifact, canary
 from rpfm_edge.artifact import Artifact
-from rpfm_edge.errors import ArtifactError, ConfigError
-from rpfm_edge.signature import Signature, TensorSpec
-from runtimes import trt_store
+from rpfm_edge.errors import ArtifactError, BackendError, ConfigError
+from rpfm_edge.precisions import require_gpus
+from rpfm_edge.runtime import LayerTime
+from rpfm_edge.signature import Feeds, Signature, TensorSpec
+from runtimes import profiling, trt_store
 from runtimes.options import checked
 from runtimes.session import require_signature
 from runtimes.trt_api import LIBRARIES, Library
 from runtimes.trt_api import load as load_library
-from runtimes.trt_build import Settings, build_plan, start
-from runtimes.trt_cuda import device
+from runtimes.trt_build import Settings, build_plan, require_precision, start
+from runtimes.trt_cuda import Device, device
+from runtimes.trt_profile import layer_times
 from runtimes.trt_run import TensorRTSession
 
 name = "tensorrt"
@@ -35,13 +39,16 @@ DEFAULTS = {
     "hardware_compatible": "no",
     "cuda_graph": True,
     "identities": 8,  # whose keys and values stay on the GPU
+    "rebuild": True,  # an engine of another GPU, driver or version, from the bundle's graph into the user's cache
 }
+NOISE = 1  # the bundle's, which stays on the GPU beside the identities
 CHOICES = {
     "library": ("auto", *LIBRARIES),
     "device": ("GPU", "DLA"),
     "hardware_compatible": ("no", "ampere_plus", "same_compute_capability"),
 }
-RUN_ONLY = ("library", "device", "compute_capability", "cuda_graph", "identities")  # or told by the record itself
+# Options that do not change a plan, or that its record tells anyway.
+RUN_ONLY = ("library", "device", "compute_capability", "cuda_graph", "identities", "rebuild")
 
 
 def build(graph: Artifact, name: str, engine: Path, options: Mapping[str, Any]) -> None:
@@ -51,15 +58,19 @@ def build(graph: Artifact, name: str, engine: Path, options: Mapping[str, Any]) 
     (``compute_capability``) cannot be compared here. Options: ``DEFAULTS``.
 
     Raises:
-        ConfigError: options that are unknown or exclude each other.
-        BackendError: no library, no GPU, a graph that TensorRT refuses, or too little memory.
+        ConfigError: options that are unknown or exclude each other, or a GPU that lacks the precision of the graph.
+        BackendError: no library, one that lacks the precision, no GPU, a graph that TensorRT refuses, or too little
+            memory.
         ParityError: the engine computes something else than ONNX Runtime.
     """
     option = checked_options(options)
     library, settings = load_library(option["library"]), _settings(option)
     source = graph_file(graph, name, library)
+    precision = str(graph.config.get("precision", "fp32"))
+    require_precision(library, precision)
     here = None if settings.targets else device()
-    record = trt_store.record(library, here, settings, graph_digest(graph, source), _build_options(option))
+    require_gpus(precision, (here.capability,) if here else settings.targets)
+    record = _record(graph, name, option, library, here)
     compare = partial(_compare, graph, name, engine, option, library) if here else None
     trt_store.make(
         engine, record, lambda: build_plan(library, source, settings, trt_store.timing_file(library, here)), compare
@@ -68,16 +79,26 @@ def build(graph: Artifact, name: str, engine: Path, options: Mapping[str, Any]) 
 
 @contextmanager
 def open(engine: Path, signature: Signature, options: Mapping[str, Any]) -> Iterator[TensorRTSession]:
-    """Load the plan of ``engine`` on the GPU at hand, if it was built for this GPU, driver and library."""
+    """Load the plan of ``engine`` on the GPU at hand.
+
+    One that was built for another GPU, driver or library is built again, once, from the graph that its bundle carries,
+    where this library can build and the option ``rebuild`` is set; the bundle stays as it is.
+    """
     option = checked_options(options)
     plan, record = trt_store.read(engine)
     library, here = load_library(option["library"]), device()
-    trt_store.require_fit(engine, record, library, here)
+    try:
+        trt_store.require_fit(engine, record, library, here)
+    except BackendError:
+        bundle = trt_store.bundle_of(engine)
+        if not (option["rebuild"] and library.builds and bundle):
+            raise
+        plan, record = _rebuilt(bundle, engine, option, library, here)
     with ExitStack() as resources:
         loaded = _deserialize(library, plan, engine, resources, bool(record["options"].get("version_compatible")))
         require_signature(engine / trt_store.PLAN, _signature(library, loaded), signature)
         session = TensorRTSession(
-            library, loaded, signature, resources, max(option["identities"], 1), option["cuda_graph"]
+            library, loaded, signature, resources, max(option["identities"], 1) + NOISE, option["cuda_graph"]
         )
         try:
             yield session
@@ -86,9 +107,19 @@ def open(engine: Path, signature: Signature, options: Mapping[str, Any]) -> Iter
             del loaded  # before the runtime that made it
 
 
-def versions() -> dict[str, str]:
-    """The version of the library that is taken by default."""
-    library = load_library()
+def profile(
+    engine: Path, signature: Signature, options: Mapping[str, Any], feeds: Feeds, runs: int = 30
+) -> list[LayerTime]:
+    """Layer times by TensorRT's profiler, without a CUDA graph. ``names`` are those that TensorRT's layers bear."""
+    profiling.require(signature, feeds, runs)
+    option = checked_options(options)
+    with open(engine, signature, {**option, "cuda_graph": False}) as session:
+        return layer_times(load_library(option["library"]), session, feeds, runs)
+
+
+def versions(options: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """The version of the library that ``options`` name, or else of the one that is taken by default."""
+    library = load_library(checked_options(options or {})["library"])
     return {library.name: library.version}
 
 
@@ -118,6 +149,31 @@ def graph_digest(graph: Artifact, file: Path) -> str:
     """sha256 over an ONNX file and the external data beside it."""
     name = file.relative_to(graph.path).as_posix()
     return artifact.json_digest({n: sha for n, sha in graph.files.items() if n.startswith(name)})
+
+
+def _rebuilt(
+    bundle: Path, engine: Path, option: Mapping[str, Any], library: Library, here: Device
+) -> tuple[bytes, dict[str, Any]]:
+    """Plan and record of ``engine`` for the GPU at hand: from the cache, or built now and compared with the canary."""
+    option = {**option, "compute_capability": ""}  # of other machines
+    graph = artifact.load(bundle, "bundle", verify=False)
+    record = _record(graph, engine.name, option, library, here)
+    if plan := trt_store.cached(record):
+        return plan, record
+    print(
+        f"rpfm-edge: {engine} is of another GPU, driver or version of TensorRT; building it again, into the cache",
+        file=sys.stderr,
+    )
+    with TemporaryDirectory() as folder:
+        build(graph, engine.name, Path(folder), option)
+        return trt_store.read(Path(folder))
+
+
+def _record(
+    graph: Artifact, name: str, option: Mapping[str, Any], library: Library, here: Device | None
+) -> dict[str, Any]:
+    digest = graph_digest(graph, graph_file(graph, name, library))
+    return trt_store.record(library, here, _settings(option), digest, _build_options(option))
 
 
 def _settings(option: Mapping[str, Any]) -> Settings:

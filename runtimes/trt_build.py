@@ -14,6 +14,12 @@ from rpfm_edge.progress import Advance, progress
 from runtimes.trt_api import Library
 
 MIB = 2**20
+DATA_TYPES = {
+    "fp8": ("FP8", "TensorRT 10 or later"),
+    "nvfp4": ("FP4", "TensorRT 10.8 or later"),
+    "int8-weights": ("INT8", "TensorRT 10 or later"),
+    "int4-weights": ("INT4", "TensorRT 10 or later"),
+}
 FP32_LAYERS = ("NORMALIZATION", "SOFTMAX")  # on 8.6, which would sum in FP16 there
 
 Log = Callable[[str], None]
@@ -79,6 +85,17 @@ def build_plan(
     if timing and cache is not None:
         write_bytes(timing, bytes(cache.serialize()))
     return bytes(plan)
+
+
+def require_precision(library: Library, precision: str) -> None:
+    """Raise ``BackendError`` unless ``library`` builds graphs in ``precision``, by strongly typed networks."""
+    kind, needed = DATA_TYPES.get(precision, ("FLOAT", ""))
+    if needed and (library.precision_flags or not hasattr(library.module.DataType, kind)):
+        raise BackendError(
+            f"{library.name} {library.version} does not build {precision}",
+            expected=needed,
+            fix="update it, or quantize to int8 or fp16",
+        )
 
 
 def _parse(parser: Any, network: Any, library: Library, graph: Path) -> None:

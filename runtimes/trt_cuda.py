@@ -14,6 +14,7 @@ import numpy as np
 
 from rpfm_edge.errors import BackendError
 from rpfm_edge.metrics import import_extra
+from runtimes import dlpack
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,10 @@ class Device:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class DeviceArray:
-    """Memory on the GPU that torch, CuPy, Numba and JAX can take without a copy (CUDA array interface, version 3)."""
+    """Memory on the GPU that torch, CuPy, Numba and JAX can take without a copy: CUDA array interface 3, and DLPack.
+
+    It is the session's, and valid as long as that is open.
+    """
 
     pointer: int
     shape: tuple[int, ...]
@@ -46,6 +50,22 @@ class DeviceArray:
             "strides": None,
             "version": 3,
         }
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return dlpack.CUDA, 0
+
+    def __dlpack__(
+        self,
+        *,
+        stream: int | None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any:
+        """A capsule; ``stream`` need not wait, since what a session hands out is complete."""
+        if copy or dl_device not in (None, self.__dlpack_device__()):
+            raise BufferError("only the memory itself, on its own GPU")  # as the protocol wants it
+        return dlpack.capsule(self.pointer, self.shape, self.dtype, self.__dlpack_device__(), self)
 
 
 class Cuda:

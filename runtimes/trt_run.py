@@ -18,13 +18,14 @@ import numpy as np
 
 from rpfm_edge.errors import BackendError, SignatureError
 from rpfm_edge.signature import Signature
+from runtimes import dlpack
 from runtimes.session import GuardedSession
 from runtimes.trt_api import Library
 from runtimes.trt_cuda import Cuda, DeviceArray
 
 SLOTS = 2
 LEGACY_STREAM = 1  # the default stream, by its number in the CUDA array interface
-DeviceFeeds = Mapping[str, Any]  # numpy arrays, or anything with __cuda_array_interface__
+DeviceFeeds = Mapping[str, Any]  # numpy arrays, or anything with __cuda_array_interface__ or __dlpack__
 
 
 class Pending:
@@ -176,11 +177,12 @@ class TensorRTSession(GuardedSession):
 
         Args:
             feeds: numpy arrays, which may be changed as soon as this returns; or contiguous arrays on the GPU with
-                ``__cuda_array_interface__``, which are copied there and may be changed once the frame is done. One that
-                is memory of ``buffers()`` is not copied at all.
+                ``__cuda_array_interface__`` or DLPack, which are copied there and may be changed once the frame is
+                done. One that is memory of ``buffers()`` is not copied at all.
         """
         with self._lock:
             self.require_open()
+            feeds = {name: dlpack.adopted(array, int(self._uploads)) for name, array in feeds.items()}
             self._check(feeds)
             return self._start(feeds)
 
@@ -205,6 +207,14 @@ class TensorRTSession(GuardedSession):
                 )
             self.cuda.call("cudaEventSynchronize", slot.done)
             return dict(slot.outputs)
+
+    def observe(self, profiler: Any) -> Any:
+        """Have the time of every layer reported to ``profiler``, an ``IProfiler``; returns the engine that runs."""
+        with self._lock:
+            self.require_open()
+            for slot in self._slots:
+                slot.context.profiler = profiler
+            return self._slots[0].context.engine
 
     def close(self) -> None:
         """Finish what is under way and drop the engine; frames that were started can still be waited for."""

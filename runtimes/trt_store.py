@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rpfm_edge import artifact
+from rpfm_edge.cache import cache_folder
 from rpfm_edge.errors import ArtifactError, BackendError, ParityError
-from runtimes.cache import cache_folder
 from runtimes.trt_api import Library
 from runtimes.trt_build import Settings
 from runtimes.trt_cuda import Device
@@ -107,11 +107,16 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
+def bundle_of(engine: Path) -> Path | None:
+    """The bundle that ``engine``, BUNDLE/engines/TARGET/GRAPH, lies in."""
+    bundle = engine.parent.parent.parent
+    return bundle if engine.parent.parent.name == "engines" and (bundle / artifact.MANIFEST).is_file() else None
+
+
 def rebuild(engine: Path) -> str:
-    """The command that builds ``engine``, BUNDLE/engines/TARGET/GRAPH, from the graph that its bundle carries."""
-    target, bundle = engine.parent.name, engine.parent.parent.parent
-    known = (bundle / artifact.MANIFEST).is_file()
-    place, name = (bundle, target) if known else ("BUNDLE", "tensorrt")
+    """The command that builds ``engine`` from the graph that its bundle carries."""
+    bundle = bundle_of(engine)
+    place, name = (bundle, engine.parent.name) if bundle else ("BUNDLE", "tensorrt")
     return f"rpfm-edge build {place} --target {name} --out {place}"
 
 

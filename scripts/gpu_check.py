@@ -163,8 +163,10 @@ def _measure(part: Any, check: Any, evidence: Any, here: dict[str, Any]) -> None
     from scripts.gpu_parts.worker import OutOfTimeError, PartError
 
     key, known = part.key() | {"machine": here}, evidence.read().get(part.name, {})
-    if known.get("found", {"complete": False}).get("complete", True) and key_of(known["key"]) == key_of(key):
+    same = bool(known) and key_of(known["key"]) == key_of(key)
+    if same and known.get("found", {"complete": False}).get("complete", True):
         return
+    check.begun = known.get("found", {}) if same else {}
     if check.left_s < LEAST_S:
         raise OutOfTimeError
     start = time.monotonic()
@@ -185,6 +187,7 @@ def _conclude(evidence: Any, parts: Sequence[Any], options: Any, late: bool = Fa
     wanted = {name: records[name] for name in ("machine", *(part.name for part in parts)) if name in records}
     missing = [part.name for part in parts if part.name not in wanted]
     found = {name: record["found"] for name, record in wanted.items() if "found" in record}
+    late = late or not all(one.get("complete", True) for one in found.values())
     judged = verdicts(found) if options.device == "gpu" else []
     evidence_json = {
         "device": options.device,

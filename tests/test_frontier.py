@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from distill.reference import student_images, teacher_images
-from rpfm_edge import api, artifact, cli, frontier, metrics
+from rpfm_edge import api, artifact, cli, frontier, measure, metrics
 from rpfm_edge.artifact import Artifact
 from rpfm_edge.errors import BackendError, ConfigError
 from rpfm_edge.frontier_table import BEGIN, COLUMNS, END, lines, markdown, pareto, put_between, put_in_file
 from rpfm_edge.splits import open_splits
+from rpfm_edge.stages import Stages
 from rpfm_edge.validate import draw_pairs
 from runtimes import ov
 from tests.distill.tiny import SIZE
@@ -91,6 +92,27 @@ def test_a_second_run_makes_nothing_but_times(made: dict[str, Any], monkeypatch:
     assert strip == [{k: v for k, v in row.items() if k not in ("frame", "pareto")} for row in made["result"]["rows"]]
 
 
+def test_a_bundle_is_made_again_for_other_options_or_another_device(
+    tiny_graph: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidate = frontier.Candidate(2, "fp32", "onnxruntime")
+
+    def made(**options: Any) -> bool:
+        """Whether ``_bundle`` builds."""
+        built, build = [], api.build
+        with monkeypatch.context() as patch:
+            patch.setattr(api, "build", lambda *arguments: built.append(build(*arguments)))
+            given = {"onnxruntime": options} if options else {}
+            work = frontier._Work(Path(), "", "", 1, 0, None, Stages(tmp_path), given)  # type: ignore[arg-type]
+            path = frontier._bundle(work, candidate, tiny_graph.path)
+        assert artifact.load(path, "bundle").config["backends"] == {"onnxruntime": options}
+        return bool(built)
+
+    assert [made(), made(), made(threads=1), made(threads=1)] == [True, False, True, False]
+    monkeypatch.setattr(measure, "where", lambda *_: {"cpu": "another one"})
+    assert [made(threads=1), made(threads=1)] == [True, False]
+
+
 def test_an_engine_that_fails_is_a_row_with_the_reason(
     made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,13 +150,17 @@ def test_nothing_that_runs_is_an_error(made: dict[str, Any], tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"precisions": ["fp8"]}, "unknown precision 'fp8': expected one of"),
+        ({"precisions": ["int3"]}, "unknown precision 'int3': expected one of"),
         ({"backends": ["onnx"]}, "unknown backend 'onnx': expected one of"),
         ({"steps": []}, r"steps \[\]: expected at least one number"),
         ({"steps": [2, 0]}, r"steps \[2, 0\]: expected"),
         ({"samples": 0}, "0 samples and 30 runs: expected at least 1 of each"),
         ({"runs": 0}, "64 samples and 0 runs"),
         ({"pairs": 0}, "0 pairs: expected at least 1"),
+        (
+            {"options": {"tensorrt": {}}},
+            r"options of 'tensorrt', which is not measured: expected one of \['openvino', ",
+        ),
     ],
 )
 def test_a_choice_that_cannot_be(made: dict[str, Any], tmp_path: Path, change: dict[str, Any], words: str) -> None:

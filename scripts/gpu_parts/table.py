@@ -69,7 +69,9 @@ def _memory(found: Found) -> Iterator[Verdict]:
         for place in ("host", "gpu"):
             used = part[f"{place}_bytes"]
             if len(used) > 2 * WARMUP_ROUNDS:
-                grown, enough = growth_mib(used), len(used) >= MEMORY_ROUNDS
+                ends = np.cumsum(part["calls"])[:-1]
+                grown = sum(growth_mib(list(one)) for one in np.split(np.array(used), ends))
+                enough = len(used) >= MEMORY_ROUNDS
                 text = f"{name}: {place} memory grows by at most {GROWTH_MIB:g} MiB in {MEMORY_ROUNDS} rounds"
                 yield Verdict(text, f"{grown:.1f} MiB in {len(used)} rounds", enough and grown <= GROWTH_MIB)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 
 from rpfm_edge.artifact import Artifact
+from rpfm_edge.cache import cache_folder
 from rpfm_edge.errors import ArtifactError, BackendError, ConfigError
+from rpfm_edge.keypoints import cached_file
 from rpfm_edge.signature import Signature, TensorSpec
 
 openvino = pytest.importorskip("openvino")
 from runtimes import ov  # noqa: E402
-from runtimes.cache import cache_folder  # noqa: E402
 
 OPTIONS = {"threads": 1}
 
@@ -35,6 +37,22 @@ def test_weights_keep_their_type_and_value(built: Path, tiny: Any) -> None:
     (conv,) = (op.data for op in constants if tuple(op.data.shape) == tiny.weights()["conv"].shape)
     assert conv.dtype == np.float32
     np.testing.assert_array_equal(conv, tiny.weights()["conv"])
+
+
+def test_float_weights_of_a_quantized_graph_are_stored_in_half(
+    make_graph: Callable[..., Artifact], engine: Path, built: Path, tiny: Any
+) -> None:
+    """Scales, biases and results stay; the file has the weights in half the bytes."""
+    ov.build(make_graph(precision="int8"), "frame", engine, OPTIONS)
+    constants = [op for op in openvino.Core().read_model(engine / "model.xml").get_ops() if "Const" in str(op)]
+    (conv,) = (op.data for op in constants if tuple(op.data.shape) == tiny.weights()["conv"].shape)
+    np.testing.assert_array_equal(conv, tiny.weights()["conv"].astype(np.float16))
+    assert not any(op.data.dtype == np.float16 and op.data.ndim < 2 for op in constants)
+    feeds = tiny.feeds(0)
+    with ov.open(engine, tiny.SIGNATURE, OPTIONS) as half:
+        tokens = half.run(feeds)["tokens"]
+    with ov.open(built, tiny.SIGNATURE, OPTIONS) as whole:
+        np.testing.assert_allclose(tokens, whole.run(feeds)["tokens"], atol=5e-3)
 
 
 def test_a_device_that_is_not_there(graph: Artifact, engine: Path) -> None:
@@ -139,8 +157,12 @@ def test_works_without_a_cache(built: Path, tmp_path: Path, tiny: Any, monkeypat
 
 def test_the_default_cache_is_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RPFM_EDGE_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder("openvino") == tmp_path / ".cache" / "rpfm-edge" / "openvino"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    assert cache_folder("openvino") == tmp_path / "own" / "rpfm-edge" / "openvino"
+    assert cached_file() == tmp_path / "own" / "rpfm-edge" / "pose" / "pose_landmark_full.tflite"
 
 
 def test_feeds_are_kept_no_longer_than_the_session(built: Path, tiny: Any) -> None:

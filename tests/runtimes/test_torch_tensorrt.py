@@ -194,7 +194,8 @@ def test_what_is_written_and_kept(graph: Artifact, tmp_path: Path, tiny: Any, mo
     asked: list[Any] = []
     monkeypatch.setattr(torch_trt.trt, "open", lambda *arguments: nullcontext(asked.append(arguments)))
     with torch_trt.open(engine, tiny.SIGNATURE, {"identities": 1}):
-        assert asked == [(engine, tiny.SIGNATURE, {"library": "tensorrt", "cuda_graph": True, "identities": 1})]
+        running = {"library": "tensorrt", "cuda_graph": True, "identities": 1, "rebuild": False}
+        assert asked == [(engine, tiny.SIGNATURE, running)]
 
 
 @pytest.fixture(scope="module", params=[1, 4], ids=["1 step", "4 steps"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rpfm_edge import canary
+from rpfm_edge import artifact, bundle, canary
 from rpfm_edge.artifact import Artifact, file_digest
 from rpfm_edge.errors import ArtifactError, BackendError, ConfigError, ParityError
 from runtimes import trt, trt_api, trt_cuda
@@ -154,6 +154,88 @@ def test_says_when_nothing_was_compared(
     monkeypatch.setattr(canary, "record", lambda graph: None)
     trt.build(graph, "frame", engine, {})
     assert "engine frame was not compared, because the bundle has no canary" in capsys.readouterr().err
+
+
+def test_the_canary_is_recorded_once_for_all_graphs(
+    tiny_graph: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engine and comparison are stood in for; what is counted is real."""
+    pytest.importorskip("tensorrt_rtx")
+    pytest.importorskip("onnxruntime")
+    recorded, compared, record = [], [], canary._record
+
+    @contextmanager
+    def open(*arguments: Any) -> Any:
+        yield None
+
+    monkeypatch.setattr(trt, "device", lambda: HERE)
+    monkeypatch.setattr(trt, "build_plan", lambda *arguments: b"plan")
+    monkeypatch.setattr(trt, "open", open)
+    monkeypatch.setattr(canary, "_record", lambda graph: recorded.append(graph) or record(graph))
+    monkeypatch.setattr(canary, "check", lambda graph, name, *rest: compared.append(name))
+    bundle.build(tiny_graph.path, ["tensorrt"], tmp_path / "bundle")
+    assert (len(recorded), compared) == (1, ["prepare", "frame"])
+
+
+@pytest.fixture
+def elsewhere(graph: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[str]]:
+    """An engine in a bundle that was built for another GPU; and what is loaded and compared from here on.
+
+    The builder and the engine are stood in for: the plans are texts that are never run.
+    """
+    pytest.importorskip("tensorrt_rtx")
+    log: list[str] = []
+
+    def load(library: Any, plan: bytes, *rest: Any) -> Any:
+        log.append(plan.decode())
+        raise InterruptedError  # there is no GPU to load it on
+
+    monkeypatch.setattr(trt, "_compare", lambda graph, name, *rest: log.append(f"compared {name}"))
+    monkeypatch.setattr(trt, "_deserialize", load)
+    monkeypatch.setattr(trt, "device", lambda: replace(HERE, capability="8.9"))
+    monkeypatch.setattr(trt, "build_plan", lambda *arguments: b"old plan")
+    made = bundle.build(graph.path, ["tensorrt"], tmp_path / "bundle")
+    monkeypatch.setattr(trt, "device", lambda: HERE)
+    monkeypatch.setattr(trt, "build_plan", lambda *arguments: log.append("built") or b"new plan")
+    log.clear()
+    return made.path / "engines" / "tensorrt" / "frame", log
+
+
+def test_an_engine_that_does_not_fit_is_built_again_in_the_cache(
+    elsewhere: tuple[Path, list[str]], tmp_path: Path, tiny: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine, log = elsewhere
+    before = artifact.load(tmp_path / "bundle", "bundle")
+    for expected in (["built", "compared frame", "new plan"], ["new plan"]):
+        with pytest.raises(InterruptedError), trt.open(engine, tiny.SIGNATURE, {}):
+            pass
+        assert log == expected
+        log.clear()
+    told = capsys.readouterr().err
+    assert told.count("is of another GPU, driver or version of TensorRT; building it again, into the cache") == 1
+    assert artifact.load(tmp_path / "bundle", "bundle").files == before.files  # which verifies every file
+    assert any(file.read_bytes() == b"new plan" for file in (tmp_path / "cache").rglob("*.plan"))
+
+
+def test_an_engine_that_does_not_fit_is_refused_where_nothing_can_or_may_build(
+    elsewhere: tuple[Path, list[str]], tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, log = elsewhere
+    message = r"model\.plan was built for .* build it on this device: rpfm-edge build \S+bundle --target tensorrt"
+    with pytest.raises(BackendError, match=message), trt.open(engine, tiny.SIGNATURE, {"rebuild": False}):
+        pass
+    runs_only = replace(trt_api.load(), builds=False)
+    monkeypatch.setattr(trt, "load_library", lambda name: runs_only)
+    with pytest.raises(BackendError, match=message), trt.open(engine, tiny.SIGNATURE, {}):
+        pass
+    assert not log
+
+
+def test_versions_are_of_the_library_that_the_options_name() -> None:
+    library = pytest.importorskip("tensorrt_rtx")
+    assert trt.versions({"library": "tensorrt_rtx"}) == {"tensorrt_rtx": library.__version__}
+    with pytest.raises(BackendError, match="TensorRT is not installed: expected the package tensorrt_dispatch"):
+        trt.versions({"library": "tensorrt_dispatch"})
 
 
 def test_a_plan_that_the_library_refuses(graph: Artifact, engine: Path, tiny: Any, monkeypatch: Any) -> None:

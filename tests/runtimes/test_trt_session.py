@@ -10,19 +10,23 @@ import gc
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from rpfm_edge import bundle
+from rpfm_edge.artifact import Artifact
 from rpfm_edge.errors import BackendError, SignatureError
+from rpfm_edge.pipeline import Pipeline
 from rpfm_edge.signature import Signature, TensorSpec
 from runtimes import trt_cuda
 from runtimes.trt_api import Library
 from runtimes.trt_cuda import DeviceArray
 from runtimes.trt_run import TensorRTSession, is_frozen
-from tests.runtimes.trt_fake import FAILURE, NO_MEMORY, FakeContext, FakeCuda, FakeEngine, view
+from tests.runtimes.trt_fake import FAILURE, NO_MEMORY, Compute, FakeContext, FakeCuda, FakeEngine, view
 
 SIGNATURE = Signature(
     (TensorSpec("pose", (2, 3), "uint8"), TensorSpec("source_kv", (4,), "float32")),
@@ -49,10 +53,16 @@ def resources() -> Iterator[ExitStack]:
         yield stack
 
 
-def opened(cuda: FakeCuda, resources: ExitStack, captured: bool = True) -> tuple[TensorRTSession, FakeEngine]:
-    engine = FakeEngine(cuda, SIGNATURE, compute)
+def opened(
+    cuda: FakeCuda,
+    resources: ExitStack,
+    captured: bool = True,
+    signature: Signature = SIGNATURE,
+    compute: Compute = compute,
+) -> tuple[TensorRTSession, FakeEngine]:
+    engine = FakeEngine(cuda, signature, compute)
     library = Library(SimpleNamespace(), "tensorrt", "10.3.0", True, (), (), True, True, {}, (), False)
-    session = TensorRTSession(library, engine, SIGNATURE, resources, IDENTITIES, captured)
+    session = TensorRTSession(library, engine, signature, resources, IDENTITIES, captured)
     resources.callback(session.close)
     return session, engine
 
@@ -113,6 +123,29 @@ def test_a_kept_array_is_uploaded_once(session: TensorRTSession, cuda: FakeCuda)
     assert uploads(cuda, render) == len(poses) + 1 + 2
     for pose, image in zip(poses, frames, strict=True):
         np.testing.assert_array_equal(image, compute({"pose": pose, "source_kv": person})["image"])
+
+
+def test_the_noise_of_a_pipeline_stays_on_the_gpu(
+    cuda: FakeCuda, resources: ExitStack, tiny_graph: Artifact, tmp_path: Path
+) -> None:
+    """Once both slots hold the person and the noise, a frame uploads its pose and nothing else."""
+    pytest.importorskip("onnxruntime")
+    made = bundle.build(tiny_graph.path, ["onnxruntime"], tmp_path / "bundle")
+    signature, fed = made.signatures["frame"], []
+
+    def frame(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        fed.append(feeds["noise"].copy())
+        return {spec.name: np.zeros(spec.shape, spec.dtype) for spec in signature.outputs}
+
+    with Pipeline.open(made.path) as whole:
+        session, _ = opened(cuda, resources, signature=signature, compute=frame)
+        pipe = Pipeline(made, "tensorrt", whole._prepare, session, ExitStack())
+        person = pipe.prepare(np.zeros((*pipe.size, 3), np.uint8))
+        pose = np.full((18, 2), 10.0, np.float32)
+        for _ in range(2):
+            pipe.render(person, pose)
+        assert uploads(cuda, lambda: pipe.render(person, pose)) == 1
+    np.testing.assert_array_equal(fed[-1], np.load(made.file("noise.npy")))
 
 
 def test_several_identities_in_turn_and_one_too_many(session: TensorRTSession, cuda: FakeCuda) -> None:

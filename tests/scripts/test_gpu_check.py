@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -157,6 +158,40 @@ def test_targets_of_the_frame(part: dict[str, Any], expected: dict[str, bool]) -
     assert met({"frame s": part}) == expected
 
 
+def memory_part(used: list[int], calls: list[int]) -> dict[str, Any]:
+    return {"memory xs": {"host_bytes": used, "gpu_bytes": [], "calls": calls}}
+
+
+class Asked:
+    """A check whose engine's side answers with fewer rounds than it is asked for; ``counts``: what it was asked for."""
+
+    def __init__(self, options: parts.Options, begun: dict[str, Any], answers: int) -> None:
+        self.options, self.begun, self.answers, self.left_s = options, begun, answers, 100.0
+        self.counts: list[int] = []
+
+    def ask(self, side: str, verb: str, count: int, **arguments: Any) -> dict[str, Any]:
+        self.counts.append(count)
+        rounds = min(count, self.answers)
+        return {"host_bytes": list(range(rounds)), "gpu_bytes": []}
+
+    def close(self) -> None: ...
+
+
+def test_memory_goes_on_where_it_was_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = gpu_check.options_of(gpu_check.parser().parse_args(["--out", str(tmp_path), "--memory-rounds", "1000"]))
+    monkeypatch.setattr(parts, "_require", lambda path: path)
+    monkeypatch.setattr(parts, "_built", lambda *_: ["fp16"])
+    case = SimpleNamespace(name="xs", bundle=lambda precision: tmp_path)
+    found: dict[str, Any] = {}
+    asked = []
+    for answers in (600, 30, 5000):  # the second process has no time for what tells growth
+        check = Asked(options, found, answers)
+        found = parts.memory(check, case)  # type: ignore[arg-type]
+        asked += check.counts
+    assert asked == [1000, 400, 400]
+    assert (found["complete"], found["calls"], len(found["host_bytes"])) == (True, [600, 400], 1000)
+
+
 def test_targets_of_drift_memory_and_conformance() -> None:
     stages = [
         {"precision": name, "against_student": {"psnr_db": {"median": value}}}
@@ -165,11 +200,16 @@ def test_targets_of_drift_memory_and_conformance() -> None:
     assert met({"drift s": {"stages": stages}}) == {"44.9 dB": False, "35.1 dB": True}
     level, mib = [10**9] * 1000, 2**20
     leak = [10**9 + place * 64 * 1024 for place in range(1000)]
-    assert met({"memory xs": {"host_bytes": level, "gpu_bytes": []}}) == {"0.0 MiB in 1000 rounds": True}
-    ((measured, passed),) = met({"memory xs": {"host_bytes": leak, "gpu_bytes": []}}).items()
+    assert met(memory_part(level, [1000])) == {"0.0 MiB in 1000 rounds": True}
+    ((measured, passed),) = met(memory_part(leak, [1000])).items()
     assert not passed
     assert float(measured.split()[0]) == pytest.approx(882 * 64 * 1024 / mib, abs=0.1)  # nine tenths of 980 rounds
-    assert met({"memory xs": {"host_bytes": level[:500], "gpu_bytes": []}}) == {"0.0 MiB in 500 rounds": False}
+    assert met(memory_part(level[:500], [500])) == {"0.0 MiB in 500 rounds": False}
+    two = [*level[:500], *(value + 10**8 for value in level[500:])]  # another process, which uses more
+    assert met(memory_part(two, [500, 500])) == {"0.0 MiB in 1000 rounds": True}
+    ((measured, passed),) = met(memory_part([*leak[:500], *leak[:500]], [500, 500])).items()
+    assert not passed
+    assert float(measured.split()[0]) == pytest.approx(2 * 432 * 64 * 1024 / mib, abs=0.1)  # the growths add up
     for passing, failed, good in ((3, {}, True), (3, {"test_a": "why"}, False), (0, {}, False)):
         ((text, verdict),) = met({"conformance": {"passed": passing, "failed": failed, "skipped": {}}}).items()
         assert (text.startswith(f"{passing} passed"), verdict) == (True, good)
