@@ -1,16 +1,22 @@
-"""Speed of a frame: the engine against eager torch, and what the pipeline adds to the engine."""
+"""Speed of a frame: every case, the engine against eager torch, and what the pipeline adds to the engine."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import openvino
+import pytest
 
-from rpfm_edge import artifact
+from benchmarks.roofline import graph_flops, peak_flops
+from rpfm_edge import artifact, device_state, measure
+from rpfm_edge.errors import BackendError
 from rpfm_edge.frontier import steady
 from rpfm_edge.measure import Latency
 from rpfm_edge.pipeline import Person, Pipeline
@@ -20,6 +26,45 @@ from runtimes import ov
 
 SPEEDUP, OVERHEAD = 3.0, 0.05  # at least, at most
 WARMUP = 5
+ARITHMETIC = {"fp16": "fp16", "int8": "int8"}  # of the products of a graph; others compute in fp32
+
+
+def peak_memory_bytes(bundle: Path, backend: str, data: str) -> int:
+    """Peak resident memory of a process of its own that renders a few frames."""
+    command = [sys.executable, "-m", "benchmarks.memory", str(bundle), backend, data]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    return int(done.stdout.split()[-1])
+
+
+def roofline(bundle: Path, backend: str, precision: str, p50_s: float) -> dict[str, float]:
+    """Operations of a frame, of the machine's best second, and the share of it that the frame reaches."""
+    options = artifact.load(bundle, "bundle", verify=False).config["backends"][backend]
+    flops = graph_flops(onnx.load(bundle / "frame.onnx"))
+    peak = peak_flops(backend, ARITHMETIC.get(precision, "fp32"), options)
+    return {"frame_flops": flops, "peak_flops_per_s": peak, "share_of_peak": flops / p50_s / peak}
+
+
+def test_frame(benchmark: Any, case: Any, chosen: Any, request: pytest.FixtureRequest) -> None:
+    """``Pipeline.render`` of one case; raw rounds in ``data``, the rest in ``extra_info``."""
+    try:
+        bundle = case.bundle or request.getfixturevalue("builder").bundle(case.precision, case.steps, [case.backend])
+        with ExitStack() as stack:
+            pipe, person, pose = opened(stack, bundle, case.backend, chosen.data)
+            before = device_state.read()
+            benchmark.pedantic(pipe.render, (person, pose), rounds=chosen.rounds, warmup_rounds=WARMUP)
+            state = device_state.around(before, chosen.rounds)
+    except BackendError as error:
+        pytest.skip(str(error))
+    times = Latency(tuple(benchmark.stats.stats.data))
+    figures = {name: value for name, value in times.to_json().items() if name != "values_s"}
+    benchmark.extra_info |= {
+        "case": {**vars(case), "bundle": str(bundle)},
+        **figures,
+        "peak_memory_bytes": peak_memory_bytes(bundle, case.backend, chosen.data),
+        **roofline(bundle, case.backend, case.precision, times.p50_s),
+        "state": state,
+        "machine": measure.where(artifact.tool_versions("torch", "openvino", "onnxruntime", "numpy")),
+    }
 
 
 def opened(stack: ExitStack, bundle: Path, backend: str, data: str) -> tuple[Pipeline, Person, np.ndarray]:

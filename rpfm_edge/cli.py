@@ -7,23 +7,19 @@ import errno
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from rpfm_edge import api, bench_table, gate_table
+from rpfm_edge import api, bench_table, gate_table, tables
 from rpfm_edge.baseline import FOLDER
 from rpfm_edge.bench import rows
 from rpfm_edge.errors import ConfigError, RpfmError
-from rpfm_edge.frontier_table import lines
 from rpfm_edge.options import parse_options
-from rpfm_edge.plan_table import plan_lines, verdict
-from rpfm_edge.validate import plural
 
 app = typer.Typer(
     add_completion=False,
@@ -136,30 +132,16 @@ def quantize(
         raise ConfigError(f"{idle[0]} with precision {precision}", expected="precision auto", fix="leave it out")
     made = api.quantize(student, data, out, precision, steps, samples, seed, method=method, least_psnr_db=least_psnr)
     if rows := made.lineage[-1].config.get("sweep"):
-        _sweep_table(rows)
+        tables.sweep(rows)
     _made(made, json)
 
 
 def _planned(result: Mapping[str, Any], out: Path, as_json: bool) -> None:
     """The candidates, the verdict; exit 1 if nothing meets the budget."""
-    table = _table("candidate", "INT8", "per s", "× FP32", "p50 ms", "PSNR", "SSIM", "MiB")
-    for line in plan_lines(result):
-        table.add_row(*line.cells, style="bold" if line.best else "dim" if line.reason else None)
-    console.print(table)
-    _say(verdict(result))
-    _finish(result, as_json) if as_json else _say(f"report {out}.work/report.html")
+    tables.plan(result)
+    _finish(result, as_json) if as_json else tables.say(f"report {out}.work/report.html")
     if not result["chosen"]:
         raise typer.Exit(1)
-
-
-def _sweep_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    table = _table("ranges", "SmoothQuant", "PSNR dB", "least dB", "SSIM", "MiB", "seconds")
-    for row in rows:
-        alpha = row["config"]["smooth_quant_alpha"]
-        cells = (f"{row['psnr_db']:.1f}", f"{row['psnr_db_min']:.1f}", f"{row['ssim']:.4f}")
-        ends = (f"{row['bytes'] / 2**20:.1f}", f"{row['seconds']:.0f}")
-        table.add_row(row["config"]["ranges"], "off" if alpha is None else f"{alpha:g}", *cells, *ends)
-    console.print(table)
 
 
 @app.command()
@@ -193,7 +175,7 @@ def validate(
 ) -> None:
     """Measure drift against the teacher and the ground truth; exit 1 when over the budget."""
     evidence = api.validate(bundle, against, data, budget, backend, pairs, seed)
-    _drift_table(evidence)
+    tables.drift(evidence)
     for violation in evidence["violations"]:
         console.print(Text("over budget", "red"), violation, soft_wrap=True)
     if json:
@@ -236,12 +218,12 @@ def bench(
             _finish(measured, json)
         return
     evidence = api.bench(bundle, backend, runs, seconds)
-    table = _table("engine", "call", "p50 ms", "p95 ms", "p99 ms", "per s", "runs")
+    table = tables.table("engine", "call", "p50 ms", "p95 ms", "p99 ms", "per s", "runs")
     for row in rows(evidence):
         table.add_row(*row)
     console.print(table)
     for name, reason in evidence.get("failures", {}).items():
-        _say(f"{name} failed: {reason}")
+        tables.say(f"{name} failed: {reason}")
     if json:
         _finish(evidence, json)
     raise typer.Exit(2 if "failures" in evidence else 0)
@@ -258,7 +240,7 @@ def render(
 ) -> None:
     """Render a person in a pose."""
     path = api.render(bundle, source, pose, out, backend)
-    _finish({"image": str(path)}, json) if json else _say(f"wrote {path}")
+    _finish({"image": str(path)}, json) if json else tables.say(f"wrote {path}")
 
 
 @app.command()
@@ -307,27 +289,15 @@ def frontier(
     counts = {"pairs": pairs, "samples": samples, "runs": runs, "seconds": seconds, "seed": seed}
     options = parse_options(option or ())
     result = api.frontier(student, against, data, out, readme, **chosen, **counts, options=options)
-    _frontier_table(result)
-    _finish(result, json) if json else _say(f"wrote {out / 'frontier.md'}")
-
-
-def _frontier_table(result: Mapping[str, Any]) -> None:
-    table = _table("engine", "steps", "per s", "× torch", "p50 ms", "PSNR", "truth")
-    table.title = "PSNR in dB, to the teacher and to the truth; bold: none is both faster and closer to the teacher"
-    for line in lines(result["rows"]):
-        name, steps, fps, ratio, p50, _, psnr, truth, _ = line.cells
-        table.add_row(name, steps, fps, ratio, p50, psnr, truth, style="bold" if line.best else None)
-    console.print(table)
-    for line in lines(result["rows"]):
-        if line.reason:
-            _say(f"{line.cells[0]}, {plural(int(line.cells[1]))}: {line.reason}")
+    tables.frontier(result)
+    _finish(result, json) if json else tables.say(f"wrote {out / 'frontier.md'}")
 
 
 @app.command()
 def run(recipe: Annotated[Path, typer.Argument(help="A TOML recipe.")], json: Json = False) -> None:
     """Run a recipe from teacher to report; what did not change is not run again."""
     result = api.run(recipe)
-    _say(f"report  {result['report']}\npicture {result['picture']}")
+    tables.say(f"report  {result['report']}\npicture {result['picture']}")
     for violation in result["violations"]:
         console.print(Text("over budget", "red"), violation, soft_wrap=True)
     if json:
@@ -335,53 +305,9 @@ def run(recipe: Annotated[Path, typer.Argument(help="A TOML recipe.")], json: Js
     raise typer.Exit(1 if result["violations"] else 0)
 
 
-def _drift_table(evidence: Mapping[str, Any]) -> None:
-    metrics = {"psnr_db": ".1f", "ssim": ".3f", "flip": ".3f"}
-    table = _table("stage", *(title for _ in range(2) for title in ("PSNR", "SSIM", "FLIP")))
-    table.title = "medians, first against the teacher, then against the truth; PSNR in dB"
-    for stage in evidence["stages"]:
-        cells = [
-            _median(stage.get(side, {}).get(metric), digits)
-            for side in ("against_teacher", "against_truth")
-            for metric, digits in metrics.items()
-        ]
-        if any(f"against_{side}" in stage for side in ("teacher", "truth")):
-            table.add_row(stage["stage"], *cells)
-    console.print(table)
-    _motion_table(evidence)
-
-
-def _motion_table(evidence: Mapping[str, Any]) -> None:
-    """Poses and flicker, of the stages that were measured, and why the others were not."""
-    table = _table("stage", "PCK", "unsided", "flicker", "motion")
-    table.title = "means; flicker in levels of 255; motion over the truth's"
-    for stage in evidence["stages"]:
-        found = {**stage.get("pose", {}), **stage.get("flicker", {})}
-        cells = [found[name]["mean"] if name in found else None for name in ("pck", "pck_unsided", "flicker", "motion")]
-        if found:
-            table.add_row(stage["stage"], *("–" if cell is None else f"{cell:.3f}" for cell in cells))
-    if table.row_count:
-        console.print(table)
-    for name in ("pck", "flicker"):
-        if name in evidence["missing"]:
-            _say(f"{name} was not measured: {evidence['missing'][name]}")
-
-
-def _table(name: str, *figures: str) -> Table:
-    """A table that fits 80 columns: where there is no terminal, wider ones would be cut."""
-    table = Table(name, box=None, pad_edge=False, title_justify="left")
-    for title in figures:
-        table.add_column(title, justify="left" if title == "call" else "right", no_wrap=True)
-    return table
-
-
-def _median(statistics: Mapping[str, float] | None, digits: str) -> str:
-    return format(statistics["median"], digits) if statistics else "–"
-
-
 def _made(artifact: Any, as_json: bool) -> None:
     record = {"path": str(artifact.path), "kind": artifact.kind, "digest": artifact.digest}
-    _finish(record, as_json) if as_json else _say(f"wrote {artifact.kind} {artifact.path}")
+    _finish(record, as_json) if as_json else tables.say(f"wrote {artifact.kind} {artifact.path}")
 
 
 def _finish(record: Mapping[str, Any], as_json: bool) -> None:
@@ -396,11 +322,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(entry) for key, entry in value.items()}
     return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else value
-
-
-def _say(text: str) -> None:
-    """Print a line as it is: paths may hold brackets, and are not broken."""
-    console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def main() -> None:

@@ -183,7 +183,7 @@ def _cycle(values: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarr
     return np.concatenate([rng.permutation(values) for _ in range(rounds)])[:count]
 
 
-def _identities(names: Sequence[str]) -> np.ndarray:
+def identities_of(names: Sequence[str]) -> np.ndarray:
     """A number for each name: DeepFashion's garment id, otherwise what stands before the first "_"."""
     keys = [found[1] if (found := _GARMENT.search(name)) else name.partition("_")[0] for name in names]
     return np.unique(np.array(keys), return_inverse=True)[1].astype(np.int64)
@@ -226,7 +226,7 @@ def _open_csv(root: Path, split: str) -> Split:
     names, keypoints = _read_annotation(_csv(root, "annotation", split))
     file = _csv(root, "pairs", split)
     pairs = _index_pairs(names, _read_pairs(file), file)
-    return Split(root, names, keypoints, pairs, _identities(names), _file_reader(root, split))
+    return Split(root, names, keypoints, pairs, identities_of(names), _file_reader(root, split))
 
 
 def _read_annotation(file: Path) -> tuple[tuple[str, ...], np.ndarray]:
@@ -321,7 +321,7 @@ def _open_lmdb(root: Path, split: str) -> Split:
         )
     _environment(folder)  # before threads ask for it
     return Split(
-        root, names, keypoints, _index_pairs(names, pairs, file), _identities(names), partial(_read_lmdb, folder)
+        root, names, keypoints, _index_pairs(names, pairs, file), identities_of(names), partial(_read_lmdb, folder)
     )
 
 

@@ -24,7 +24,7 @@ JETPACKS = {  # L4T → JetPack, from NVIDIA's JetPack archive
 }
 SERIES = {35: "5", 36: "6", 38: "7", 39: "7"}  # of releases that JETPACKS does not list
 GPU_FILES = {"min": "min_freq", "max": "max_freq", "now": "cur_freq"}
-LEAST_CAPABILITY = {"fp8": (8, 9), "fp4": (10, 0)}  # of the tensor cores that compute in it
+LEAST_CAPABILITY = {"fp8": (8, 9), "fp4": (10, 0), "nvfp4": (10, 0)}  # of the tensor cores that compute in it
 SMALL_MODULE_BYTES = 9 * 2**30  # the 8 GB modules, and smaller ones
 BUILD_BYTES = 4 * 2**30
 

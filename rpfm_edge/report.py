@@ -21,7 +21,9 @@ from rpfm_edge.errors import ConfigError, InputError
 from rpfm_edge.frontier_table import COLUMNS, caption, lines, points
 from rpfm_edge.measure import Latency
 from rpfm_edge.metrics import METRICS, Summary, check_image, check_pair, import_extra
-from rpfm_edge.plots import frontier_plot, histogram, loss_plot, validation_plot
+from rpfm_edge.plan_table import COLUMNS as PLAN_COLUMNS
+from rpfm_edge.plan_table import plan_caption, plan_lines
+from rpfm_edge.plots import Layer, frontier_plot, histogram, loss_plot, plan_plot, sensitivity_plot, validation_plot
 
 ERROR_SCALE = 64  # of 255: the mean absolute error over the channels that gets the brightest colour
 Picture = np.ndarray | str | Path  # uint8 (H, W, 3) RGB, or a PNG or JPEG file, relative to the folder of the page
@@ -121,7 +123,8 @@ class Method(TypedDict, total=False):
 class Evidence(TypedDict, total=False):
     """What a report can show.
 
-    ``machine`` is ``measure.where()``; ``frontier`` is what ``frontier.measure_frontier`` returns. ``losses`` are
+    ``machine`` is ``measure.where()``; ``frontier`` is what ``frontier.measure_frontier`` returns, ``plan`` what
+    ``planner.plan_precision`` does. ``losses`` are
     curves, and ``validation`` are points (elapsed s, step, loss on held-out data), by the title of their plot.
     """
 
@@ -132,6 +135,7 @@ class Evidence(TypedDict, total=False):
     pictures: Sequence[PictureRow]
     drift: Drift
     frontier: Mapping[str, Any]
+    plan: Mapping[str, Any]
     latency: Sequence[Times]
     losses: Mapping[str, Sequence[Curve]]
     validation: Mapping[str, Sequence[Sequence[float]]]
@@ -162,6 +166,7 @@ def write_report(path_html: Path, evidence: Evidence) -> None:
         error_bar=_data_uri(_colour(np.arange(256, dtype=np.uint8)[None])),
         drift=_drift_tables(evidence.get("drift", {})),
         frontier=_frontier(evidence.get("frontier"), safe),
+        plan=_plan(evidence.get("plan"), safe),
         latency=_latency_groups(evidence.get("latency", ()), safe),
         training=_training(evidence.get("losses", {}), evidence.get("validation", {}), safe),
     )
@@ -349,6 +354,27 @@ def _frontier(result: Mapping[str, Any] | None, safe: type[str]) -> dict[str, An
         return None
     plot = safe(frontier_plot("quality against speed", points(result["rows"])))
     return {"plot": plot, "columns": COLUMNS, "lines": lines(result["rows"]), "caption": caption(result)}
+
+
+def _plan(result: Mapping[str, Any] | None, safe: type[str]) -> dict[str, Any] | None:
+    """The plots and the tables of a plan of precisions."""
+    if not result:
+        return None
+    layers = [
+        Layer(unit["name"], unit["mse"], 1e3 * unit["saved_s"], unit["precision"] == "int8") for unit in result["units"]
+    ]
+    candidates = [
+        (1e3 * row["frame"]["p50_s"], float(row["against_float"]["psnr_db"]["median"]), row["name"] == result["chosen"])
+        for row in result["frontier"]
+    ]
+    return {
+        "caption": plan_caption(result),
+        "columns": PLAN_COLUMNS,
+        "lines": plan_lines(result),
+        "frontier": safe(plan_plot("drift against frame time", candidates, result["budget"].get("psnr_db_min"))),
+        "sensitivity": safe(sensitivity_plot("error and time saved of every unit", layers)),
+        "units": sorted(result["units"], key=lambda unit: -unit["mse"]),
+    }
 
 
 def _training(

@@ -1,0 +1,98 @@
+"""What commands print, as tables that fit 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rpfm_edge.frontier_table import lines
+from rpfm_edge.plan_table import plan_lines, verdict
+from rpfm_edge.validate import plural
+
+console = Console()
+
+
+def plan(result: Mapping[str, Any]) -> None:
+    """The candidates of a plan of precisions, and the verdict."""
+    shown = table("candidate", "INT8", "per s", "× FP32", "p50 ms", "PSNR", "SSIM", "MiB")
+    for line in plan_lines(result):
+        shown.add_row(*line.cells, style="bold" if line.best else "dim" if line.reason else None)
+    console.print(shown)
+    say(verdict(result))
+
+
+def sweep(rows: Sequence[Mapping[str, Any]]) -> None:
+    """What a sweep of INT8's options measured."""
+    shown = table("ranges", "SmoothQuant", "PSNR dB", "least dB", "SSIM", "MiB", "seconds")
+    for row in rows:
+        alpha = row["config"]["smooth_quant_alpha"]
+        cells = (f"{row['psnr_db']:.1f}", f"{row['psnr_db_min']:.1f}", f"{row['ssim']:.4f}")
+        ends = (f"{row['bytes'] / 2**20:.1f}", f"{row['seconds']:.0f}")
+        shown.add_row(row["config"]["ranges"], "off" if alpha is None else f"{alpha:g}", *cells, *ends)
+    console.print(shown)
+
+
+def frontier(result: Mapping[str, Any]) -> None:
+    """Every engine, and why some have no figures."""
+    shown = table("engine", "steps", "per s", "× torch", "p50 ms", "PSNR", "truth")
+    shown.title = "PSNR in dB, to the teacher and to the truth; bold: none is both faster and closer to the teacher"
+    for line in lines(result["rows"]):
+        name, steps, fps, ratio, p50, _, psnr, truth, _ = line.cells
+        shown.add_row(name, steps, fps, ratio, p50, psnr, truth, style="bold" if line.best else None)
+    console.print(shown)
+    for line in lines(result["rows"]):
+        if line.reason:
+            say(f"{line.cells[0]}, {plural(int(line.cells[1]))}: {line.reason}")
+
+
+def drift(evidence: Mapping[str, Any]) -> None:
+    """Every stage against teacher and truth, then poses and flicker."""
+    metrics = {"psnr_db": ".1f", "ssim": ".3f", "flip": ".3f"}
+    shown = table("stage", *(title for _ in range(2) for title in ("PSNR", "SSIM", "FLIP")))
+    shown.title = "medians, first against the teacher, then against the truth; PSNR in dB"
+    for stage in evidence["stages"]:
+        cells = [
+            _median(stage.get(side, {}).get(metric), digits)
+            for side in ("against_teacher", "against_truth")
+            for metric, digits in metrics.items()
+        ]
+        if any(f"against_{side}" in stage for side in ("teacher", "truth")):
+            shown.add_row(stage["stage"], *cells)
+    console.print(shown)
+    _motion(evidence)
+
+
+def _motion(evidence: Mapping[str, Any]) -> None:
+    """Poses and flicker, of the stages that were measured, and why the others were not."""
+    shown = table("stage", "PCK", "unsided", "flicker", "motion")
+    shown.title = "means; flicker in levels of 255; motion over the truth's"
+    for stage in evidence["stages"]:
+        found = {**stage.get("pose", {}), **stage.get("flicker", {})}
+        cells = [found[name]["mean"] if name in found else None for name in ("pck", "pck_unsided", "flicker", "motion")]
+        if found:
+            shown.add_row(stage["stage"], *("–" if cell is None else f"{cell:.3f}" for cell in cells))
+    if shown.row_count:
+        console.print(shown)
+    for name in ("pck", "flicker"):
+        if name in evidence["missing"]:
+            say(f"{name} was not measured: {evidence['missing'][name]}")
+
+
+def table(name: str, *figures: str) -> Table:
+    """A table that fits 80 columns: where there is no terminal, wider ones would be cut."""
+    made = Table(name, box=None, pad_edge=False, title_justify="left")
+    for title in figures:
+        made.add_column(title, justify="left" if title == "call" else "right", no_wrap=True)
+    return made
+
+
+def _median(statistics: Mapping[str, float] | None, digits: str) -> str:
+    return format(statistics["median"], digits) if statistics else "–"
+
+
+def say(text: str) -> None:
+    """Print a line as it is: paths may hold brackets, and are not broken."""
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
