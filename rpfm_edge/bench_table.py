@@ -1,0 +1,125 @@
+"""``rpfm-edge bench --stages`` and ``--sustained``: a bundle with the packaged sample as input, and what is printed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from rpfm_edge import artifact, assets, measure
+from rpfm_edge.artifact import Artifact
+from rpfm_edge.breakdown import breakdown
+from rpfm_edge.bundle import add_evidence
+from rpfm_edge.errors import BackendError
+from rpfm_edge.pipeline import Pipeline, require_engine
+from rpfm_edge.splits import open_splits
+from rpfm_edge.sustained import sustain, write
+
+
+def run(
+    bundle: str | Path, backend: str | None, with_stages: bool, rounds: int, minutes: float, out: Path, console: Console
+) -> dict[str, Any]:
+    """What was asked for, measured and printed; ``minutes`` 0: no sustained run."""
+    found: dict[str, Any] = {}
+    if with_stages:
+        found["stages"] = stages(bundle, backend, rounds)
+        print_stages(found["stages"], console)
+    if minutes:
+        found["sustained"] = sustained(bundle, minutes, out, backend)
+        print_sustained(found["sustained"], console)
+        console.print(f"wrote {out / 'sustained.json'} and {out / 'sustained.png'}", markup=False)
+    return found
+
+
+def stages(bundle: str | Path, backend: str | None = None, rounds: int = 30) -> dict[str, Any]:
+    """Where a frame's time goes on each backend of a bundle (or one); kept as evidence ``stages``.
+
+    ``failures``: backend → why it cannot tell, such as torch, which has no layers of the graph. If none can, the last
+    error is raised.
+    """
+    loaded = artifact.load(assets.resolve(bundle), "bundle")
+    person, pose = _inputs(loaded)
+    results: list[dict[str, Any]] = []
+    failures: dict[str, str] = {}
+    for name in [backend] if backend else loaded.config["backends"]:
+        try:
+            found = breakdown(loaded, name, person, pose, rounds)
+        except BackendError as error:
+            failures[name], last = str(error), error
+            continue
+        results.append({**found, "stages": [asdict(stage) for stage in found["stages"]]})
+    if not results:
+        raise last
+    evidence = {"backends": results, "failures": failures}
+    if assets.resolve(bundle) == Path(bundle):  # what ships with the package is not written to
+        add_evidence(loaded, "stages", evidence)
+    return evidence
+
+
+def sustained(bundle: str | Path, minutes: float, out: str | Path, backend: str | None = None) -> dict[str, Any]:
+    """Frames without a pause for ``minutes``; ``sustained.json`` and its plot in ``out`` grow with every window."""
+    loaded = artifact.load(assets.resolve(bundle), "bundle")
+    name = backend or next(iter(loaded.config["backends"]))
+    person, pose = _inputs(loaded)
+    facts = {key: loaded.config[key] for key in ("precision", "steps")} | {"backend": name, "minutes": minutes}
+    with ExitStack() as stack:
+        pipe = stack.enter_context(Pipeline.open(loaded.path, name))
+        render = partial(pipe.render, pipe.prepare(person), pose)
+        facts["machine"] = measure.where(require_engine(loaded, name).versions())
+        return facts | sustain(render, minutes, keep=lambda result: write({**facts, **result}, Path(out)))
+
+
+def _inputs(bundle: Artifact) -> tuple[np.ndarray, np.ndarray]:
+    test, size = open_splits("sample").test, tuple(bundle.config["size"])
+    source, target = (int(index) for index in test.pairs[0])
+    return test.image(source, size), test.pose(target, size)
+
+
+def print_stages(evidence: Mapping[str, Any], console: Console) -> None:
+    """A table for each backend, then what cannot tell."""
+    for result in evidence["backends"]:
+        console.print(f"{result['backend']}, {result['precision']}: a frame takes {1e3 * result['frame_s']:.2f} ms")
+        table = Table("stage", "ms", "share", box=None)
+        for stage in result["stages"]:
+            table.add_row(stage["stage"], f"{1e3 * stage['seconds']:.2f}", f"{stage['share']:.1%}")
+        console.print(table)
+    for name, reason in evidence["failures"].items():
+        console.print(f"{name}: {reason}", markup=False)
+
+
+def print_sustained(result: Mapping[str, Any], console: Console) -> None:
+    """A row for each window, and what it comes to."""
+    table = Table("minute", "per s", "p50 ms", "p99 ms", "load", "clock GHz", "°C", "W", box=None)
+    for window in result["windows"]:
+        table.add_row(*_cells(window))
+    console.print(table)
+    console.print(f"the last fifth ran at {result['held']:.1%} of the first fifth's frames per second")
+    for text in result["throttling"]:
+        console.print(f"throttled: {text}", markup=False)
+    for source, ratio in result["frames_per_joule"].items():
+        console.print(f"{ratio:.3g} frames per joule of {source}", markup=False)
+
+
+def _cells(window: Mapping[str, Any]) -> list[str]:
+    state = window["state"]
+    cpu, gpus, board = state["cpu"], state["gpus"], state["jetson"] or {}
+    clock = gpus[0]["clock_hz"] if gpus else (board.get("gpu_hz") or {}).get("now") or cpu["frequency_hz"]
+    heat = [gpu["temperature_c"] for gpu in gpus if gpu["temperature_c"] is not None]
+    heat += [*(board.get("temperatures_c") or {}).values(), *cpu["temperatures_c"].values()]
+    return [
+        f"{window['start_s'] / 60:.1f}",
+        f"{window['fps']:.1f}",
+        f"{1e3 * window['p50_s']:.2f}",
+        f"{1e3 * window['p99_s']:.2f}",
+        f"{cpu['load_average']:.1f}" if cpu["load_average"] is not None else "–",
+        f"{clock / 1e9:.2f}" if clock else "–",
+        f"{max(heat):.0f}" if heat else "–",
+        f"{sum(state['power_w'].values()):.1f}" if state["power_w"] else "–",
+    ]

@@ -1,0 +1,70 @@
+"""The gate on the command line: its options, and its verdicts as a table and in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rpfm_edge import api
+from rpfm_edge.errors import ConfigError
+from rpfm_edge.gate import parse_share
+
+COLOURS = {"pass": "green", "regression": "red", "error": "red", "no baseline": "yellow", "unstable": "yellow"}
+WAYS = {"a/b": "in the same rounds", "baseline": "against stored times", "save": "stored"}
+
+
+def judge(
+    bundle: str,
+    save: str | None,
+    gate: str | None,
+    against: str | None,
+    max_slowdown: str,
+    backend: str | None,
+    baselines: Path,
+    **counts: Any,
+) -> dict[str, Any]:
+    """What the options of ``bench`` ask for; one of ``save``, ``gate`` and ``against`` has to be given."""
+    given = [f"--{name}" for name, value in (("save", save), ("gate", gate), ("against", against)) if value]
+    if len(given) != 1:
+        raise ConfigError(
+            f"{' and '.join(given)} at once", expected="one of them", fix="run the gate first, and save when it passed"
+        )
+    counts["max_slowdown"] = parse_share(max_slowdown)
+    if save:
+        return api.save_baseline(bundle, save, backend, baselines, **counts)
+    return api.gate(bundle, gate, against, backend, baselines, **counts)
+
+
+def render(result: Mapping[str, Any], console: Console) -> None:
+    """Print one line a backend, then every reason, and what throttled."""
+    table = Table("backend", box=None, pad_edge=False)
+    for title in ("old ms", "new ms", "slower", "95 % interval", "rounds", "verdict"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for record in result["backends"]:
+        verdict = "saved" if record.get("way") == "save" and record["verdict"] == "pass" else record["verdict"]
+        table.add_row(record["backend"], *_cells(record), f"[{COLOURS[record['verdict']]}]{verdict}[/]")
+    console.print(table)
+    for record in result["backends"]:
+        for reason in record["reasons"]:
+            _say(console, f"{record['backend']}: {reason}")
+        if record.get("throttling"):
+            _say(console, f"{record['backend']}: throttled during the run ({', '.join(record['throttling'])})")
+        if (others := record.get("others")) is not None and "way" in record:
+            _say(console, f"{record['backend']}: {WAYS[record['way']]}; other programs used {others:.0%} of the cores")
+
+
+def _cells(record: Mapping[str, Any]) -> list[str]:
+    times = [f"{1e3 * record[side]['p50_s']:.2f}" if side in record else "–" for side in ("old", "new")]
+    judged = ["–", "–"]
+    if "slowdown" in record:
+        low, high = record["interval"]
+        judged = [f"{record['slowdown']:+.1%}", f"{low:+.1%} … {high:+.1%}"]
+    return [*times, *judged, str(record["new"]["runs"]) if "new" in record else "–"]
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True, markup=False, highlight=False)

@@ -1,0 +1,250 @@
+"""The gate: a bundle's frame against another bundle in the same rounds, or against the times of a baseline."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import runtimes
+from rpfm_edge import artifact, baseline, gate, measure, rounds
+from rpfm_edge.artifact import Artifact
+from rpfm_edge.baseline import Baseline
+from rpfm_edge.errors import ConfigError, RpfmError
+from rpfm_edge.gate import Judgement
+from rpfm_edge.measure import Call, Latency
+from rpfm_edge.pipeline import Pipeline, require_engine
+from rpfm_edge.rounds import Chunk
+from rpfm_edge.splits import open_splits
+
+FAILURES = (RpfmError, RuntimeError, MemoryError)  # of one backend, which does not end the others
+OLD, NEW = "old", "new"
+Judge = Callable[[Sequence[Chunk], list[str]], Judgement]
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class GateConfig:
+    """``max_slowdown``: the share of its speed that a frame may lose. At least ``rounds`` rounds and ``seconds`` are
+    measured, then more until there is a verdict; after ``limit_s`` it is ``unstable``."""
+
+    max_slowdown: float = 0.05
+    rounds: int = 50
+    seconds: float = 3.0
+    limit_s: float = 120.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        gate.check_limit(self.max_slowdown)
+        if self.rounds < measure.STABLE_BLOCKS or not self.limit_s > 0:
+            raise ConfigError(
+                f"{self.rounds} rounds within {self.limit_s:g} s",
+                expected=f"at least {measure.STABLE_BLOCKS} rounds and some time",
+                fix="raise --runs or --limit",
+            )
+
+
+def compare(calls: Mapping[str, Call], config: GateConfig, found: list[Chunk]) -> Judgement:
+    """``calls["new"]`` against ``calls["old"]`` in the same rounds; ``found`` gets the chunks, also if a call fails."""
+
+    def judge(window: Sequence[Chunk], reasons: list[str]) -> Judgement:
+        old, new = (rounds.joined(window, name) for name in (OLD, NEW))
+        return gate.judge_pairs(old, new, config.max_slowdown, reasons)
+
+    return _until_told({name: calls[name] for name in (OLD, NEW)}, judge, config, found)
+
+
+def hold_against(call: Call, times_s: Sequence[float], config: GateConfig, found: list[Chunk]) -> Judgement:
+    """``call`` against times of another day. The newest half counts, so that a machine may take a while to settle."""
+
+    def judge(window: Sequence[Chunk], reasons: list[str]) -> Judgement:
+        newest = newest_half(window, config)
+        reasons = reasons + rounds.disturbance(rounds.busy_share(newest))
+        return gate.judge_baseline(times_s, rounds.joined(newest, NEW), config.max_slowdown, reasons)
+
+    return _until_told({NEW: call}, judge, config, found)
+
+
+def settle(call: Call, config: GateConfig, found: list[Chunk]) -> Judgement:
+    """Measure until the times would do as a baseline: held against themselves, they are undisturbed and precise."""
+
+    def judge(window: Sequence[Chunk], reasons: list[str]) -> Judgement:
+        newest = newest_half(window, config)
+        reasons = reasons + rounds.disturbance(rounds.busy_share(newest))
+        times = rounds.joined(newest, NEW)
+        return gate.judge_baseline(times, times, config.max_slowdown, reasons)
+
+    return _until_told({NEW: call}, judge, config, found)
+
+
+def newest_half(window: Sequence[Chunk], config: GateConfig) -> Sequence[Chunk]:
+    """The newest half of the chunks, but no fewer than ``config.rounds`` rounds."""
+    least = -(-config.rounds // rounds.CHUNK_ROUNDS)
+    return window[-max(least, len(window) // 2) :]
+
+
+def _until_told(calls: Mapping[str, Call], judge: Judge, config: GateConfig, found: list[Chunk]) -> Judgement:
+    start = time.perf_counter()
+    for chunk in rounds.chunks(calls, config.seed):
+        found.append(chunk)
+        window = rounds.undisturbed(found)
+        count, elapsed_s = len(rounds.joined(window, NEW)), time.perf_counter() - start
+        if count >= config.rounds and elapsed_s >= config.seconds:
+            judgement = judge(window, [])
+            if judgement.verdict != "unstable" or elapsed_s >= config.limit_s:
+                return judgement
+        elif elapsed_s >= config.limit_s:
+            held = sorted({word for one in found for word in one.throttling})
+            reasons = [f"the clocks were held down ({', '.join(held)})"] if held else []
+            return judge(window or found, [*reasons, f"only {count} rounds within {config.limit_s:g} s"])
+    raise AssertionError("the rounds never end")
+
+
+def run_gate(bundle: Artifact, backends: Sequence[str], name: str, folder: Path, config: GateConfig) -> Record:
+    """Hold every backend of a bundle against the baseline ``name``; the result is that of ``_each``.
+
+    If the baseline's bundle is there and is another one, both run in the same rounds. Otherwise the frame is held
+    against the baseline's times.
+    """
+
+    def judged(backend: str, record: Record) -> None:
+        kept = baseline.find(folder, name, backend, baseline.fingerprint(bundle, backend))
+        if isinstance(kept, str):
+            record |= {"verdict": "no baseline", "reasons": [kept]}
+            return
+        _check_size(bundle, kept.config, f"baseline {name}")
+        other = baseline.kept_bundle(folder, kept)
+        if other is not None and other.digest != bundle.digest:
+            _judge_bundles(bundle, other, backend, config, record)
+        else:
+            _judge_times(bundle, kept, backend, config, record)
+
+    return _each(backends, judged, folder / "results" / f"{name}.json", {"gate": name, "bundle": bundle}, config)
+
+
+def run_against(bundle: Artifact, backends: Sequence[str], other: Artifact, folder: Path, config: GateConfig) -> Record:
+    """Compare every backend of a bundle with another bundle, in the same rounds."""
+    _check_size(bundle, other.config, str(other.path))
+    for backend in backends:
+        require_engine(other, backend)
+
+    def judged(backend: str, record: Record) -> None:
+        _judge_bundles(bundle, other, backend, config, record)
+
+    what = {"against": str(other.path), "bundle": bundle}
+    return _each(backends, judged, folder / "results" / "against.json", what, config)
+
+
+def run_save(bundle: Artifact, backends: Sequence[str], name: str, folder: Path, config: GateConfig) -> Record:
+    """Measure every backend of a bundle and keep that as the baseline ``name``.
+
+    Times that do not settle are kept with the reasons: the copy of the bundle still serves in the same rounds.
+    """
+    baseline.check_name(name)
+
+    def judged(backend: str, record: Record) -> None:
+        found: list[Chunk] = []
+        with ExitStack() as stack:
+            record["way"] = "save"
+            try:
+                judgement = settle(frame(stack, bundle, backend), config, found)
+            finally:
+                record |= _facts(found, (NEW,))
+        times = rounds.joined(newest_half(rounds.undisturbed(found) or found, config), NEW)
+        what = {key: bundle.config[key] for key in ("size", "steps", "precision")}
+        device = baseline.fingerprint(bundle, backend)
+        kept = Baseline(name, backend, device, what, bundle.digest, tuple(times), judgement.reasons)
+        path = baseline.save(folder, kept, bundle)
+        record |= {"verdict": "pass", "reasons": list(judgement.reasons), "baseline": str(path), "device": device}
+
+    return _each(backends, judged, folder / "results" / f"{name}.json", {"save": name, "bundle": bundle}, config)
+
+
+def _judge_bundles(bundle: Artifact, other: Artifact, backend: str, config: GateConfig, record: Record) -> None:
+    found: list[Chunk] = []
+    record |= {"way": "a/b", "old_bundle": str(other.path)}
+    with ExitStack() as stack:
+        try:
+            calls = {OLD: frame(stack, other, backend), NEW: frame(stack, bundle, backend)}
+            record |= compare(calls, config, found).to_json()
+        finally:
+            record |= _facts(found, (OLD, NEW))
+
+
+def _judge_times(bundle: Artifact, kept: Baseline, backend: str, config: GateConfig, record: Record) -> None:
+    record |= {"way": "baseline", OLD: Latency(kept.times_s).to_json()}
+    if kept.unsettled:
+        record |= {"verdict": "unstable", "reasons": [f"when the baseline was saved, {why}" for why in kept.unsettled]}
+        return
+    found: list[Chunk] = []
+    with ExitStack() as stack:
+        try:
+            record |= hold_against(frame(stack, bundle, backend), kept.times_s, config, found).to_json()
+        finally:
+            record |= _facts(found, (NEW,))
+
+
+def _each(
+    backends: Iterable[str], judged: Callable[[str, Record], None], out: Path, what: Record, config: GateConfig
+) -> Record:
+    """Judge one backend after the other; what is known is written to ``out`` each time.
+
+    Returns:
+        ``verdict`` (the gravest), ``exit_code``, ``max_slowdown`` and ``backends``: of each its ``verdict``, its
+        ``reasons`` and, as far as it was measured, ``way`` (``a/b``, ``baseline`` or ``save``), ``slowdown``,
+        ``interval``, the times ``old`` and ``new`` with raw values, ``others``, ``throttling`` and ``machine``.
+    """
+    bundle: Artifact = what["bundle"]
+    result: Record = {**what, "bundle": str(bundle.path), "digest": bundle.digest, "max_slowdown": config.max_slowdown}
+    records: list[Record] = []
+    for backend in backends:
+        record: Record = {"backend": backend, **{key: bundle.config[key] for key in ("precision", "steps")}}
+        try:
+            judged(backend, record)
+        except FAILURES as error:
+            record |= {"verdict": "error", "reasons": [str(error)]}
+        record["machine"] = measure.where(_versions(backend))
+        records.append(record)
+        verdict = gate.worst(one["verdict"] for one in records)
+        result |= {"verdict": verdict, "exit_code": gate.EXIT_CODES[verdict], "backends": records}
+        artifact.write_text(out, json.dumps(result, indent=1))
+    return result
+
+
+def frame(stack: ExitStack, bundle: Artifact, backend: str) -> Call:
+    """One frame of the first held-out pair of the sample, drawing of the pose and copies included."""
+    pipe = stack.enter_context(Pipeline.open(bundle.path, backend))
+    test = open_splits("sample").test
+    source, target = (int(index) for index in test.pairs[0])
+    return partial(pipe.render, pipe.prepare(test.image(source, pipe.size)), test.pose(target, pipe.size))
+
+
+def _facts(found: Sequence[Chunk], names: Iterable[str]) -> Record:
+    """What was measured, as far as it got."""
+    if not found:
+        return {}
+    times = {name: Latency(tuple(rounds.joined(found, name))).to_json() for name in names}
+    throttling = sorted({word for chunk in found for word in chunk.throttling})
+    return {**times, "others": rounds.busy_share(found), "throttling": throttling}
+
+
+def _versions(backend: str) -> Mapping[str, str]:
+    try:
+        return runtimes.load(backend).versions()
+    except FAILURES:
+        return {}
+
+
+def _check_size(bundle: Artifact, config: Mapping[str, Any], whose: str) -> None:
+    if list(bundle.config["size"]) != list(config["size"]):
+        sizes = [" × ".join(map(str, size)) for size in (config["size"], bundle.config["size"])]
+        raise ConfigError(
+            f"{whose} renders {sizes[0]}, {bundle.path} {sizes[1]}",
+            expected="frames of one size",
+            fix="compare bundles of the same size",
+        )
