@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import onnx
 
@@ -71,6 +72,20 @@ def plan(model: onnx.ModelProto) -> Plan:
     quantized = [name for name in products if name not in kept]
     _require(quantized, "layers to quantize", model)
     return Plan(tuple(quantized), tuple(name for name in products if name in kept))
+
+
+def load(path: Path) -> onnx.ModelProto:
+    """The graph of a file, with its Constant nodes as initializers, where weights are looked for."""
+    model = onnx.load(path)
+    nodes = [node for node in model.graph.node if node.op_type != "Constant"]
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            tensor = next(attribute.t for attribute in node.attribute if attribute.name == "value")
+            tensor.name = node.output[0]
+            model.graph.initializer.append(tensor)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
 
 
 def heads(model: onnx.ModelProto) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import onnx
 
 from quantize.apply import FLOAT_ONLY, GRAPHS, TOOLS
+from quantize.layers import load
 from quantize.qdq import insert
 from quantize.ranges import Estimator
 from quantize.typed import FOLDER as TYPED
@@ -25,17 +26,21 @@ Ranges = Mapping[str, Mapping[str, float]]  # graph → activation → magnitude
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """Names of the INT8 units by graph, and how they are rounded (``qdq.insert``, ``ranges.Observed.range``)."""
+    """Names of the INT8 units by graph, and how they are rounded (``qdq.insert``, ``ranges.Observed.range``).
+
+    ``rest`` is what the target makes of the other units: FP16 where it builds from the graph for typed libraries.
+    """
 
     int8: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     estimator: Estimator = "mse"
     weights: Literal["half", "full"] = "half"
     activations: Literal["signed", "unsigned"] = "signed"
     biases: Literal["float", "int32"] = "float"
+    rest: Literal["fp32", "fp16"] = "fp32"
 
     def precisions(self, graph: str, names: list[str]) -> dict[str, str]:
-        """Unit → "int8" or "fp32"."""
-        return {name: "int8" if name in self.int8.get(graph, ()) else "fp32" for name in names}
+        """Unit → "int8" or ``rest``."""
+        return {name: "int8" if name in self.int8.get(graph, ()) else self.rest for name in names}
 
 
 def write(graph: Artifact, assignment: Assignment, ranges: Ranges, out: Path, settings: Mapping[str, Any]) -> Artifact:
@@ -46,7 +51,7 @@ def write(graph: Artifact, assignment: Assignment, ranges: Ranges, out: Path, se
     plan, counts = {}, {}
     with artifact.replacing_folder(out) as folder:
         for name in GRAPHS:
-            model = onnx.load(graph.file(f"{name}.onnx"))
+            model = load(graph.file(f"{name}.onnx"))
             found = units(model)
             products = chosen(found, assignment.int8.get(name, ()))
             kinds = Counter(node.op_type for node in model.graph.node if node.name in products)

@@ -67,8 +67,7 @@ class _Writer:
     def __init__(self, model: onnx.ModelProto, ranges: Mapping[str, float], levels: int, unsigned: bool) -> None:
         self._graph, self._ranges, self._levels = model.graph, ranges, levels
         self._weights = {tensor.name: tensor for tensor in model.graph.initializer}
-        makers = {output: node.op_type for node in model.graph.node for output in node.output}
-        self._positive = {name for name, kind in makers.items() if unsigned and kind in NEVER_NEGATIVE}
+        self._positive = never_negative(model) if unsigned else frozenset()
         self._done: dict[str, str] = {}
         self.nodes: list[onnx.NodeProto] = []
 
@@ -80,10 +79,18 @@ class _Writer:
         return self._done[name]
 
     def bias(self, node: onnx.NodeProto) -> str:
-        """The bias of a linear layer in INT32, in steps of its activation's scale times its weights'."""
+        """The bias of a linear layer in INT32, in steps of its activation's scale times its weights'.
+
+        It stays as it is where it is computed, or where weights of nearly 0 make the steps too small for 32 bits.
+        """
+        if node.input[1] not in self._weights or node.input[2] not in self._weights:
+            return str(node.input[2])
         values = numpy_helper.to_array(self._weights[node.input[2]])
         scale = self._step(node, 0)[0] * self._channels(node, 1)[1]
-        stored = np.round(values / scale).astype(np.int32)
+        stored = np.round(values.astype(np.float64) / scale)
+        if np.abs(stored).max() > np.iinfo(np.int32).max:
+            return str(node.input[2])
+        stored = stored.astype(np.int32)
         return self._pair(f"{node.name}.bias", f"{node.name}/bias", (stored, scale, np.zeros(len(scale), np.int32)), 0)
 
     def _weight(self, node: onnx.NodeProto, place: int) -> str:
@@ -129,6 +136,12 @@ class _Writer:
         result, extra = f"{source}.dequantized", {} if axis is None else {"axis": axis}
         self.nodes.append(helper.make_node("DequantizeLinear", names, [result], name=f"{base}/dequantize", **extra))
         return result
+
+
+def never_negative(model: onnx.ModelProto) -> frozenset[str]:
+    """The tensors that come from a Relu or Softmax: "unsigned" gives them 255 levels."""
+    nodes = (node for node in model.graph.node if node.op_type in NEVER_NEGATIVE)
+    return frozenset(output for node in nodes for output in node.output)
 
 
 def channel_axis(node: onnx.NodeProto, place: int, rank: int) -> int:

@@ -12,7 +12,7 @@ import onnxruntime
 from onnx import helper
 
 from quantize.layers import PRODUCTS, constants
-from rpfm_edge.errors import ConfigError
+from rpfm_edge.errors import ArtifactError, ConfigError
 from rpfm_edge.progress import progress
 from rpfm_edge.signature import Feeds
 
@@ -60,7 +60,11 @@ class Observed:
 def observe(
     model: onnx.ModelProto, feeds: Iterable[Feeds], count: int, products: Collection[str] | None = None
 ) -> dict[str, Observed]:
-    """Run ``model`` on ``count`` samples and look at the activations that go into ``products`` (default: all)."""
+    """Run ``model`` on ``count`` samples and look at the activations that go into ``products`` (default: all).
+
+    Raises:
+        ArtifactError: a value that is not finite.
+    """
     tensors = activations(model, products)
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
@@ -71,6 +75,12 @@ def observe(
     with progress("ranges", count) as advance:
         for done, sample in enumerate(feeds, 1):
             for name, values in zip(tensors, session.run(list(tensors), dict(sample)), strict=True):
+                if not np.isfinite(values).all():
+                    raise ArtifactError(
+                        f"{name} is not finite on sample {done}",
+                        expected="finite values",
+                        fix="use another student",
+                    )
                 found[name].add(values)
             advance(done)
     return found

@@ -6,15 +6,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import onnx
 
 from quantize import calibrate
 from quantize.execute import Graph
+from quantize.layers import load
 from quantize.mixed import Assignment
 from quantize.plan import default_units
-from quantize.qdq import insert
+from quantize.qdq import insert, never_negative
 from quantize.ranges import Estimator, observe
 from quantize.sensitivity import Effect, Probe, sensitivity
 from quantize.units import Unit, chosen, matching, units
@@ -22,7 +23,9 @@ from rpfm_edge.artifact import Artifact, json_digest, write_text
 from rpfm_edge.data import Split
 from rpfm_edge.signature import Feeds
 from rpfm_edge.stages import Stages
-from rpfm_edge.validate import Pairs
+
+if TYPE_CHECKING:
+    from rpfm_edge.validate import Pairs
 
 PREPARE = "prepare"  # the whole of that graph stands among the units of the frame under this name
 
@@ -47,7 +50,7 @@ class Study:
     """The numbers behind a plan for a float graph; what takes long is kept in the folder of ``stages``.
 
     Attributes:
-        units: those of the frame that may become INT8.
+        units: those of the frame that may become INT8; ``whole``: whether the prepare graph may.
         ranges: estimator → graph → activation → magnitude of the last level, over the calibration samples.
         estimators: estimator → mean squared error of the picture, in grey levels, with all units in INT8.
         estimator: the one with the least error.
@@ -56,8 +59,8 @@ class Study:
 
     def __init__(self, graph: Artifact, calibration: Split, pairs: Pairs, config: StudyConfig, stages: Stages) -> None:
         self.graph, self.config, self.stages = graph, config, stages
-        self.models = {name: onnx.load(graph.file(f"{name}.onnx")) for name in ("prepare", "frame")}
-        self.units = _allowed(self.models["frame"], config)
+        self.models = {name: load(graph.file(f"{name}.onnx")) for name in ("prepare", "frame")}
+        self.units, self.whole = allowed(self.models["frame"], config)
         self.activations: Literal["signed", "unsigned"] = "signed" if config.fused else "unsigned"
         self.ranges = self._ranges(calibration)
         self._pairs = pairs
@@ -69,16 +72,19 @@ class Study:
     def assignment(self, names: Sequence[str]) -> Assignment:
         """These units in INT8, the usual ones of the prepare graph among them if ``PREPARE`` is there."""
         prepare = default_units(self.models["prepare"]) if PREPARE in names else ()
-        frame = tuple(name for name in names if name != PREPARE)
+        frame = tuple(sorted(name for name in names if name != PREPARE))
         int8 = {"frame": frame, "prepare": prepare}
-        return Assignment(int8, self.estimator, "half", self.activations, self.config.biases)
+        rest: Literal["fp32", "fp16"] = "fp16" if self.config.fused else "fp32"
+        return Assignment(int8, self.estimator, "half", self.activations, self.config.biases, rest)
 
     def effects(self) -> list[Effect]:
         """The error of every unit of the frame by itself, and of the prepare graph as a whole."""
-        drawn = [self._pairs.names[: len(self.probes)], self.ranges[self.estimator], self.activations]
+        drawn = [self._pairs.digest, len(self.probes), self.ranges[self.estimator], self.activations]
         work = self.stages.keep("sensitivity", json_digest([self.graph.digest, drawn]), self.stages.folder / "effects")
         ranges = self.ranges[self.estimator]
         found = sensitivity(self._probe, self.units, ranges["frame"], self.activations, work / "units.json")
+        if not self.whole:
+            return found
         prepare, names = self.models["prepare"], self.assignment([PREPARE]).int8["prepare"]
         rounded = insert(prepare, chosen(units(prepare), names), ranges["prepare"], activations=self.activations)
         whole = self._probe.effect(PREPARE, (), ranges["frame"], self.activations, self._feeds(rounded))
@@ -91,20 +97,20 @@ class Study:
         self.stages.once(
             "samples", drawn, inputs, samples, lambda: calibrate.record(self.graph, calibration, samples, *drawn)
         )
-        self.stages.once("ranges", None, {"samples": samples}, out, lambda: self._observe(samples, out))
+        self.stages.once("ranges", self.activations, {"samples": samples}, out, lambda: self._observe(samples, out))
         return dict(json.loads(out.read_text(encoding="utf-8")))
 
     def _observe(self, samples: Path, out: Path) -> None:
         recorded = calibrate.load(samples)
         recorded.check(self.graph)
-        seen = {}
+        found: dict[str, dict[str, dict[str, float]]] = {}
         for name, model in self.models.items():
             feeds = list(recorded.feeds(name))
-            seen[name] = observe(model, feeds, len(feeds))
-        found: dict[str, dict[str, dict[str, float]]] = {}
-        for estimator in get_args(Estimator):
-            for name, tensors in seen.items():
-                ranges = {tensor: one.range(estimator) for tensor, one in tensors.items()}
+            wide = never_negative(model) if self.activations == "unsigned" else frozenset()
+            seen = observe(model, feeds, len(feeds))
+            for estimator in get_args(Estimator):
+                levels = {tensor: 255 if tensor in wide else 127 for tensor in seen}
+                ranges = {tensor: one.range(estimator, levels[tensor]) for tensor, one in seen.items()}
                 found.setdefault(estimator, {})[name] = ranges
         write_text(out, json.dumps(found))
 
@@ -125,7 +131,9 @@ class Study:
         return self._probe.effect("", products, self.ranges[estimator]["frame"], self.activations).mse
 
 
-def _allowed(frame: onnx.ModelProto, config: StudyConfig) -> tuple[Unit, ...]:
+def allowed(frame: onnx.ModelProto, config: StudyConfig) -> tuple[tuple[Unit, ...], bool]:
+    """The units that may become INT8, and whether the prepare graph may."""
     found = units(frame)
-    kept = matching(found, config.keep)
-    return tuple(unit for unit in found if unit.name not in kept and not (config.fused and unit.attention))
+    kept = matching([*(unit.name for unit in found), PREPARE], config.keep)
+    allowed = (unit for unit in found if unit.name not in kept and not (config.fused and unit.attention))
+    return tuple(allowed), PREPARE not in kept

@@ -17,74 +17,75 @@ import onnx
 from quantize.layers import PRODUCTS, constants, neighbours
 from rpfm_edge.errors import ArtifactError, ConfigError
 
-ATTENTION = ("qk", "av")  # names of the products without weights: queries and keys, attention and values
-
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """``name``: such as ``encoder.conv1``, ``block0.qkv`` or ``block0.qk``; ``products``: the names of its nodes."""
+    """``name``: such as ``encoder.conv1``, ``block0.qkv`` or ``block0.qk``; ``products``: the names of its nodes.
+
+    ``attention``: it has no weights.
+    """
 
     name: str
     products: tuple[str, ...]
-
-    @property
-    def attention(self) -> bool:
-        """Whether it has no weights."""
-        return self.name.rpartition(".")[2] in ATTENTION
+    attention: bool = False
 
 
 def units(model: onnx.ModelProto) -> tuple[Unit, ...]:
     """The units of a "prepare" or "frame" graph, in the order of their first product.
 
-    Names say the place. Convolutions before the first block are ``encoder.convN``, those behind the last one
-    ``decoder.convN``. ``blockB`` holds what makes queries, keys and values (``qkv``), the two attention products
-    (``qk``, ``av``) and the linears behind them (``linearN``); linears before the first block are ``embed.linearN``.
+    Names say the place. Convolutions before the first block are ``encoder.convN``, those behind it ``decoder.convN``.
+    ``blockB`` holds what makes queries, keys and values (``qkv``), the two attention products (``qk``, ``av``) and the
+    linears behind them (``linearN``); linears before the first block are ``embed.linearN``. The attention of a foreign
+    autoencoder is a block, too.
 
     Raises:
-        ArtifactError: the steps are not alike, so that the graph is none of a student's.
+        ArtifactError: no attention, so that the graph is none of a student's.
     """
-    weights = constants(model)
-    nodes = [node for node in model.graph.node if node.op_type in PRODUCTS]
-    shared = [next((tensor for tensor in node.input[:2] if tensor in weights), None) for node in nodes]
-    attention = [node.name for node, weight in zip(nodes, shared, strict=True) if weight is None]
-    steps = max(Counter(weight for weight in shared if weight).values(), default=1)
-    if not attention or len(attention) % (2 * steps):
-        raise ArtifactError(
-            f"the graph has {len(attention)} attention products in {steps} steps",
-            expected="two for every block of every step",
-            fix="export the student again",
-        )
-    places = {name: place % (len(attention) // steps) for place, name in enumerate(attention)}
-    groups: dict[str, list[str]] = {}
-    for node, weight in zip(nodes, shared, strict=True):
-        groups.setdefault(weight or f"attention {places[node.name]}", []).append(node.name)
-    names = _names(model, [members[0] for members in groups.values()], places)
-    return tuple(Unit(names[members[0]], tuple(members)) for members in groups.values())
+    weights, before = constants(model), neighbours(model)
+    nodes = {node.name: node for node in model.graph.node if node.op_type in PRODUCTS}
+    weight = {
+        name: next((tensor for tensor in node.input[:2] if tensor in weights), "") for name, node in nodes.items()
+    }
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, node in nodes.items():
+        groups.setdefault((weight[name],) if weight[name] else _attention(node, before[name], weight), []).append(name)
+    if not any(len(key) > 1 for key in groups):
+        raise ArtifactError("the graph has no attention", expected="a student's graph", fix="export it again")
+    names = _names(groups, nodes, before)
+    return tuple(Unit(names[key], tuple(members), len(key) > 1) for key, members in groups.items())
 
 
-def _names(model: onnx.ModelProto, firsts: list[str], places: Mapping[str, int]) -> dict[str, str]:
-    """First product of a unit → its name."""
-    before, kinds = neighbours(model), {node.name: node.op_type for node in model.graph.node}
-    feeding = {
-        other: place // 2 for name, place in places.items() for other in before[name] if other not in places
-    }  # what makes queries, keys and values → block
-    blocks = len(set(places.values())) // 2
-    block, found = -1, {}
-    taken: Counter[str] = Counter()
-    for name in firsts:
-        if name in places:
-            block = places[name] // 2
-            found[name] = f"block{block}.{ATTENTION[places[name] % 2]}"
-            continue
-        conv = kinds[name] == "Conv"
-        if not conv and name in feeding:
-            found[name] = f"block{feeding[name]}.qkv"
-            continue
-        stage = ("decoder" if block == blocks - 1 else "encoder") if conv else "embed" if block < 0 else f"block{block}"
-        taken[stage] += 1
-        found[name] = f"{stage}.{'conv' if conv else 'linear'}{taken[stage] - 1}"
-    if len(set(found.values())) != len(found):  # several linears make what an attention takes
-        found = {name: f"{title}.{place}" for place, (name, title) in enumerate(found.items())}
+def _attention(node: onnx.NodeProto, before: Collection[str], weight: Mapping[str, str]) -> tuple[str, ...]:
+    """What tells an attention product from others, but not from itself in another step: role, and weights before it."""
+    role = "av" if any(name in weight and not weight[name] for name in before) else "qk"
+    return (role, *sorted({weight[name] for name in before if weight.get(name)}))
+
+
+def _names(
+    groups: Mapping[tuple[str, ...], list[str]],
+    nodes: Mapping[str, onnx.NodeProto],
+    before: Mapping[str, Collection[str]],
+) -> dict[tuple[str, ...], str]:
+    """Group → name, by what stands before it in the graph and what it feeds."""
+    feeds: dict[str, int] = {}  # weight → the block whose attention it feeds
+    blocks = 0
+    for role, *feeding in (key for key in groups if len(key) > 1):
+        blocks += role == "qk"
+        feeds |= {weight: blocks - 1 for weight in feeding if weight not in feeds}
+    block, found, taken = -1, {}, Counter[str]()
+    for key, members in groups.items():
+        if len(key) > 1:
+            block += key[0] == "qk"
+            name = f"block{block}.{key[0]}"
+        elif key[0] in feeds and nodes[members[0]].op_type != "Conv":
+            name = f"block{feeds[key[0]]}.qkv"
+        else:
+            conv = nodes[members[0]].op_type == "Conv"
+            stage = ("encoder" if block < 0 else "decoder") if conv else "embed" if block < 0 else f"block{block}"
+            name = f"{stage}.{'conv' if conv else 'linear'}"
+        taken[name] += 1
+        numbered = name.endswith((".conv", ".linear")) or taken[name] > 1
+        found[key] = f"{name}{taken[name] - 1}" if numbered else name
     return found
 
 
@@ -93,14 +94,16 @@ def chosen(found: Iterable[Unit], names: Collection[str]) -> set[str]:
     return {product for unit in found if unit.name in names for product in unit.products}
 
 
-def matching(found: Iterable[Unit], patterns: Iterable[str]) -> set[str]:
-    """Names of the units that match one of ``patterns`` (``block*.qk``); ``ConfigError`` for one that matches none."""
-    names, result = [unit.name for unit in found], set()
+def matching(names: Collection[str], patterns: Iterable[str]) -> set[str]:
+    """The names that match one of ``patterns`` (``block*.qk``); ``ConfigError`` for a pattern that matches none."""
+    result: set[str] = set()
     for pattern in patterns:
         hits = {name for name in names if fnmatchcase(name, pattern)}
         if not hits:
             raise ConfigError(
-                f"{pattern!r} matches no layer", expected=f"a name or pattern of {names}", fix="check the spelling"
+                f"{pattern!r} matches no layer",
+                expected=f"a name or pattern of {list(names)}",
+                fix="check the spelling",
             )
         result |= hits
     return result

@@ -131,11 +131,11 @@ def plan(
         numbers: further fields of ``candidates.PlanConfig``.
 
     Returns:
-        what ``planner.plan_precision`` returns. Work is kept in ``out.work``, and continued from there.
+        what ``planner.plan_precision`` returns. Work is kept in ``out.plan``, and continued from there.
     """
-    _require("nncf", "quantize")
+    _require("onnxruntime", "quantize")
     from rpfm_edge.candidates import PlanConfig
-    from rpfm_edge.planner import BUDGET, plan_precision
+    from rpfm_edge.planner import BUDGET, plan_precision, work_folder
 
     limits = _budget(budget) if budget else BUDGET
     source, out = assets.resolve(student), Path(out)
@@ -146,7 +146,7 @@ def plan(
         raise ConfigError(f"{problem} for precision auto", expected="one target, and its options", fix="give --target")
     config = PlanConfig(target, limits, options=dict((options or {}).get(target, {})), **_given(numbers))
     if kind == "student":
-        stages, graph = Stages(out.with_name(out.name + ".work")), out.with_name(out.name + ".work") / "float"
+        stages, graph = Stages(work_folder(out)), work_folder(out) / "float"
         stages.once("export", steps, {"student": source}, graph, lambda: _export(source, graph, steps))
         source = graph
     return plan_precision(artifact.load(source, "graph"), data, out, config)

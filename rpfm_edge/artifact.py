@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -67,6 +68,15 @@ class Artifact:
 def json_digest(value: Any) -> str:
     """sha256 of the canonical JSON of ``value``."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=dict).encode()).hexdigest()
+
+
+def finite(value: Any) -> Any:
+    """JSON knows neither infinity (the PSNR of equal images) nor nan: both become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(entry) for key, entry in value.items()}
+    return [finite(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def file_digest(path: Path) -> str:

@@ -16,7 +16,7 @@ import runtimes
 from rpfm_edge import artifact, bundle, measure
 from rpfm_edge.artifact import Artifact
 from rpfm_edge.bundle import size_bytes
-from rpfm_edge.frontier import steady
+from rpfm_edge.frontier import device, steady
 from rpfm_edge.metrics import Budget
 from rpfm_edge.pipeline import Pipeline
 from rpfm_edge.signature import Feeds
@@ -96,12 +96,11 @@ class Candidates:
     def _judged(self, name: str, graph: Path) -> Row:
         folder, target, options = self._folder(name), self.config.target, dict(self.config.options)
         made, images = folder / "bundle", folder / "images.npy"
-        built_by = [target, options, runtimes.load(target).versions()]
+        built_by = [target, options, runtimes.load(target).versions(options), device(target)]
         build = partial(bundle.build, graph, [target], made, {target: options})
         self.stages.once(f"{name}-bundle", built_by, {"graph": graph}, made, build)
-        drawn = [self.pairs.names, artifact.json_digest(self.pairs.noise.tolist())]
         render = partial(self._render, made, images)
-        self.stages.once(f"{name}-images", [built_by, drawn], {"bundle": made}, images, render)
+        self.stages.once(f"{name}-images", [built_by, self.pairs.digest], {"bundle": made}, images, render)
         reference = np.load(self._folder(EXACT) / "images.npy")
         drift = limited(measure_stage(np.load(images), reference, self.pairs, (), ()))
         engines = size_bytes(artifact.load(made, "bundle", verify=False), target)

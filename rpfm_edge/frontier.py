@@ -224,11 +224,11 @@ def _bundle(work: _Work, candidate: Candidate, graph: Path) -> Path:
     out = work.folder / "bundles" / candidate.name
     backend, options = candidate.backend, dict(work.options.get(candidate.backend, {}))
     build = partial(api.build, graph, out, backend, {backend: options})
-    made_by = [runtimes.load(backend).versions(options), options, _device(backend)]
+    made_by = [runtimes.load(backend).versions(options), options, device(backend)]
     return work.stages.once(f"build-{candidate.name}", made_by, {"graph": graph}, out, build)[0]
 
 
-def _device(backend: str) -> dict[str, Any]:
+def device(backend: str) -> dict[str, Any]:
     """What an engine runs on, so that work that was copied from another machine is not taken for this one's."""
     if backend in ON_GPU:
         return asdict(import_module("runtimes.trt_cuda").device())

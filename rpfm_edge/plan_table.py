@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rpfm_edge.frontier_table import NAMES, Line, psnr
+from rpfm_edge.frontier_table import NAMES, Line
 
 COLUMNS = ("Candidate", "INT8 units", "Frames per second", "× FP32", "p50 (ms)", "PSNR (dB)", "SSIM", "Size (MiB)")
 
@@ -13,25 +13,31 @@ COLUMNS = ("Candidate", "INT8 units", "Frames per second", "× FP32", "p50 (ms)"
 def plan_lines(result: Mapping[str, Any]) -> list[Line]:
     """A line for every candidate, slowest first; ``reason``: what it violates. ``best`` is the one that was chosen."""
     rows = sorted(result["frontier"], key=lambda row: -row["frame"]["p50_s"])
-    return [_line(row, len(result["units"]), row["name"] == result["chosen"]) for row in rows]
+    return [_line(row, len(result["units"]), row["name"] == result["chosen"], result["rest"]) for row in rows]
 
 
-def _line(row: Mapping[str, Any], count: int, chosen: bool) -> Line:
+def _line(row: Mapping[str, Any], count: int, chosen: bool, rest: str) -> Line:
     frame, drift = row["frame"], row["against_float"]
     return Line(
         (
-            row["name"].upper() if not row["units"] else "INT8 and FP32",
+            row["name"].upper() if not row["units"] else f"INT8 and {rest.upper()}",
             f"{len(row['units'])} of {count}",
             f"{frame['fps']:.1f}",
             f"{row['speedup']:.2f}",
             f"{1e3 * frame['p50_s']:.2f}",
-            f"{psnr(row, 'against_float'):.1f}",
+            f"{psnr_db(row):.1f}",
             f"{drift['ssim']['median']:.4f}",
             f"{row['engine_bytes'] / 2**20:.1f}",
         ),
         best=chosen,
         reason="; ".join(row["violations"]),
     )
+
+
+def psnr_db(row: Mapping[str, Any]) -> float:
+    """Of a candidate against the float graph; inf if they are equal, for which JSON has null."""
+    value = row["against_float"]["psnr_db"]["median"]
+    return float("inf") if value is None else float(value)
 
 
 def plan_caption(result: Mapping[str, Any]) -> str:
@@ -53,5 +59,8 @@ def verdict(result: Mapping[str, Any]) -> str:
     if not result["chosen"]:
         return f"Nothing meets the budget; the nearest is {result['best']}: {'; '.join(row['violations'])}."
     if not row["units"]:
-        return f"INT8 is not faster here, so the graph stays in {result['chosen'].upper()}."
+        mixed = [other["frame"]["p50_s"] for other in result["frontier"] if other["units"]]
+        faster = bool(mixed) and min(mixed) < row["frame"]["p50_s"]
+        reason = "No INT8 graph that is faster meets the budget" if faster else "INT8 is not faster here"
+        return f"{reason}, so the graph stays in {result['chosen'].upper()}."
     return f"Chosen: {len(row['units'])} of {len(result['units'])} units in INT8, {row['speedup']:.2f} × FP32."

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,13 +23,15 @@ import numpy as np
 
 import runtimes
 from rpfm_edge import artifact, measure
-from rpfm_edge.artifact import Artifact
+from rpfm_edge.artifact import Artifact, finite
 from rpfm_edge.bundle import EVIDENCE
 from rpfm_edge.candidates import EXACT, Candidates, PlanConfig, Row
 from rpfm_edge.errors import ArtifactError, BackendError, ConfigError
-from rpfm_edge.frontier_table import pareto, psnr
+from rpfm_edge.frontier import REFUSALS, device
+from rpfm_edge.frontier_table import pareto
 from rpfm_edge.measure import Latency
-from rpfm_edge.metrics import Budget
+from rpfm_edge.metrics import Budget, missing_metrics
+from rpfm_edge.plan_table import psnr_db
 from rpfm_edge.splits import open_splits
 from rpfm_edge.stages import Stages, console
 from rpfm_edge.validate import draw_pairs
@@ -52,53 +55,76 @@ def plan_precision(graph: Artifact, data: str | Path, out: Path, config: PlanCon
         ``units`` (error, SQNR of the velocity by step, seconds saved, precision), ``frontier`` (candidates: drift from
         the float graph, frame times, violations, whether none is faster and closer), ``chosen``, and the circumstances;
         also kept as ``evidence/plan.json`` of the artifact. If nothing meets the budget, ``chosen`` is None, ``best``
-        names the nearest, and nothing is written but ``frontier.json`` and ``report.html`` in ``out.work``, which are
-        always there.
+        names the nearest, and nothing is written but ``frontier.json`` and ``report.html`` in ``work_folder(out)``,
+        which are always there. Candidates that could not be made stand in ``refused`` with the reason.
 
     Raises:
         ArtifactError: a graph that is quantized already.
         ConfigError: a number or a budget that cannot be, or a pattern that matches no unit.
     """
+    from quantize.layers import load
     from quantize.plan import ordered
-    from quantize.study import Study, StudyConfig
+    from quantize.study import Study, StudyConfig, allowed
 
+    fused, biases = config.target in FUSED, BIASES.get(config.target, "float")
+    narrowed = StudyConfig(config.samples, config.probes, config.keep, fused, biases, config.seed)
     _check(graph, config)
-    stages, splits = Stages(out.with_name(out.name + ".work")), open_splits(data)
+    allowed(load(graph.file("frame.onnx")), narrowed)  # a wrong pattern is said now
+    stages, splits = Stages(work_folder(out)), open_splits(data)
     size, shape = tuple(graph.config["size"]), graph.config["latent_shape"]
     pairs = draw_pairs(splits.validation, config.pairs, size, shape, config.seed)
     candidates = Candidates(graph, pairs, config, stages)
     candidates.exact()  # first of all: it shows soon whether the target works here
-    fused, biases = config.target in FUSED, BIASES.get(config.target, "float")
-    narrowed = StudyConfig(config.samples, config.probes, config.keep, fused, biases, config.seed)
     study = Study(graph, splits.training, pairs, narrowed, stages)
     effects = study.effects()
     saved_s = _saved_s(study, candidates)
-    rows = _explore(study, candidates, ordered(effects, saved_s))
+    rows, refused = _explore(study, candidates, ordered(effects, saved_s))
     frontier = _frontier(rows, candidates.frame_times(rows))
-    result = _result(config, study, effects, saved_s, frontier) | {"pairs": pairs.names, "data": str(data)}
-    artifact.write_text(stages.folder / "frontier.json", json.dumps(result, indent=1))
+    result = _result(config, study, effects, saved_s, frontier)
+    result |= {"refused": refused, "pairs": pairs.names, "data": str(data)}
+    artifact.write_text(stages.folder / "frontier.json", json.dumps(finite(result), indent=1))
     _report(stages.folder / "report.html", result)
     if result["chosen"]:
         _keep(next(row for row in rows if row["name"] == result["chosen"]), out, result)
     return result
 
 
+def work_folder(out: Path) -> Path:
+    """Where the work on ``out`` is kept."""
+    return out.with_name(out.name + ".plan")
+
+
 def _check(graph: Artifact, config: PlanConfig) -> None:
-    runtimes.load(config.target)
     if graph.config["precision"] != "fp32":
         raise ArtifactError(
             f"{graph.path} is in {graph.config['precision']} already", expected="an fp32 graph", fix="start from it"
         )
-    if config.points < 1 or config.rounds < 1:
+    if min(config.points, config.rounds, config.probes) < 1:
+        counts = f"{config.points} points, {config.rounds} rounds and {config.probes} probes"
+        raise ConfigError(counts, expected="at least 1 of each", fix="ask for more")
+    if config.target in ("torch", "torch-tensorrt"):
         raise ConfigError(
-            f"{config.points} points and {config.rounds} rounds", expected="at least 1 of each", fix="ask for more"
+            f"{config.target} runs the float student only", expected="a backend that runs graphs", fix="choose one"
         )
-    if config.target == "torch":
-        raise ConfigError("torch runs the float student only", expected="a backend with engines", fix="choose one")
-    if config.budget.flicker_max is not None:
-        raise ConfigError(
-            "a budget with flicker_max", expected="limits on single pictures", fix="leave it to rpfm-edge validate"
-        )
+    runtimes.load(config.target)
+    check_budget(config.budget)
+
+
+def check_budget(budget: Budget) -> None:
+    """Raise ``ConfigError`` for a limit on something else than the distance to the float graph, as measured here."""
+    limits, missing = {key: value for key, value in asdict(budget).items() if value is not None}, missing_metrics()
+    for limit in limits:
+        metric = limit.rpartition("_")[0]
+        if metric in ("flicker", "pck"):
+            raise ConfigError(
+                f"a budget with {limit}",
+                expected="limits on the distance to the float graph",
+                fix="validate the bundle",
+            )
+        if metric in missing:
+            raise ConfigError(
+                f"a budget with {limit}, which cannot be measured here", expected="other limits", fix=missing[metric]
+            )
 
 
 def _saved_s(study: Study, candidates: Candidates) -> dict[str, float]:
@@ -108,15 +134,21 @@ def _saved_s(study: Study, candidates: Candidates) -> dict[str, float]:
     """
     from quantize.study import PREPARE
 
-    names = [unit.name for unit in study.units]
-    rows = [candidates.exact(), _mixed(study, candidates, [*names, PREPARE])]
+    names = [*(unit.name for unit in study.units), *([PREPARE] if study.whole else [])]
+    rows = [_base(candidates), _mixed(study, candidates, names)]
     out, engines = study.stages.folder / "saved.json", {row["name"]: row["bundle"] for row in rows}
 
     def measured() -> None:
         artifact.write_text(out, json.dumps(_measured_s(study, candidates, rows)))
 
-    study.stages.once("saved", [names, PROFILES], engines, out, measured)  # the order of units must not change
+    made_by = [names, PROFILES, device(candidates.config.target)]
+    study.stages.once("saved", made_by, engines, out, measured)  # kept: another order would make other candidates
     return dict(json.loads(out.read_text(encoding="utf-8")))
+
+
+def _base(candidates: Candidates) -> Row:
+    """What a unit is in if it is not INT8: FP16 where engines are built from the graph for typed libraries."""
+    return candidates.half() if candidates.config.target in FUSED else candidates.exact()
 
 
 def _measured_s(study: Study, candidates: Candidates, rows: Sequence[Row]) -> dict[str, float]:
@@ -153,25 +185,41 @@ def _mixed(study: Study, candidates: Candidates, names: Sequence[str]) -> Row:
     return {**row, "units": list(names)}
 
 
-def _explore(study: Study, candidates: Candidates, order: Sequence[str]) -> list[Row]:
-    """The float graphs, beginnings of ``order`` at even distances, and some where passing turns into failing."""
+def _explore(study: Study, candidates: Candidates, order: Sequence[str]) -> tuple[list[Row], list[Row]]:
+    """The float graphs, beginnings of ``order`` at even distances, and some where passing turns into failing.
+
+    What cannot be built or run is returned apart, with the reason.
+    """
     from quantize.plan import grid
 
-    found = {count: _mixed(study, candidates, order[:count]) for count in grid(len(order), candidates.config.points)}
+    found = {
+        count: _attempt(f"int8-{count}", order[:count], partial(_mixed, study, candidates, order[:count]))
+        for count in grid(len(order), candidates.config.points)
+    }
     for _ in range(BISECTIONS):
         passing = max((count for count, row in found.items() if not row["violations"]), default=0)
         failing = min((count for count in found if count > passing), default=passing)
         if failing - passing < 2:
             break
         middle = (passing + failing) // 2
-        found[middle] = _mixed(study, candidates, order[:middle])
-    floats = [{**row, "units": []} for row in (candidates.exact(), candidates.half())]
-    return [*floats, *(found[count] for count in sorted(found))]
+        found[middle] = _attempt(f"int8-{middle}", order[:middle], partial(_mixed, study, candidates, order[:middle]))
+    exact = {**candidates.exact(), "units": []}
+    rows = [exact, _attempt("fp16", (), candidates.half), *(found[count] for count in sorted(found))]
+    return [row for row in rows if "bundle" in row], [row for row in rows if "bundle" not in row]
+
+
+def _attempt(name: str, units: Sequence[str], make: Callable[[], Row]) -> Row:
+    """A candidate, or why there is none: an activation that FP16 cannot hold, an engine that does not build."""
+    try:
+        return {**make(), "units": list(units)}
+    except REFUSALS as error:
+        console.print(f"{name}: {error}", markup=False, highlight=False)
+        return {"name": name, "units": list(units), "violations": [str(error)]}
 
 
 def _frontier(rows: Sequence[Row], times: Mapping[str, Latency]) -> list[Row]:
     """Rows with their times, and whether no other is both faster and, to a tenth of a dB, closer to the float graph."""
-    best = pareto([(times[row["name"]].fps, round(_psnr(row), 1)) for row in rows])
+    best = pareto([(times[row["name"]].fps, round(psnr_db(row), 1)) for row in rows])
     exact_s = times[EXACT].p50_s
     return [
         {
@@ -184,18 +232,14 @@ def _frontier(rows: Sequence[Row], times: Mapping[str, Latency]) -> list[Row]:
     ]
 
 
-def _psnr(row: Row) -> float:
-    return psnr(row, "against_float")
-
-
-def _choose(frontier: Sequence[Row]) -> str | None:
+def choose(frontier: Sequence[Row]) -> str | None:
     """The fastest that passes; of those within ``TIE`` of it the one with the smallest error."""
     passing = [row for row in frontier if not row["violations"]]
     if not passing:
         return None
     fastest_s = min(row["frame"]["p50_s"] for row in passing)
     tied = [row for row in passing if row["frame"]["p50_s"] <= (1 + TIE) * fastest_s]
-    return str(max(tied, key=_psnr)["name"])
+    return str(max(tied, key=psnr_db)["name"])
 
 
 def _result(
@@ -205,16 +249,18 @@ def _result(
     saved_s: Mapping[str, float],
     frontier: Sequence[Row],
 ) -> dict[str, Any]:
-    chosen = _choose(frontier)
-    best = chosen or max(frontier, key=lambda row: (-len(row["violations"]), _psnr(row)))["name"]
+    chosen = choose(frontier)
+    best = chosen or max(frontier, key=lambda row: (-len(row["violations"]), psnr_db(row)))["name"]
     kept = next(row["units"] for row in frontier if row["name"] == best)
-    precision = "fp16" if best == "fp16" else "fp32"
+    rest = study.assignment(()).rest
+    precision = rest if kept else best  # fp32 or fp16
     return {
         "target": config.target,
         "options": dict(config.options),
         "budget": {key: value for key, value in asdict(config.budget).items() if value is not None},
         "chosen": chosen,
         "best": best,
+        "rest": rest,
         "estimators": study.estimators,
         "estimator": study.estimator,
         "units": [
@@ -229,7 +275,7 @@ def _result(
         "frontier": list(frontier),
         "samples": config.samples,
         "seed": config.seed,
-        "machine": measure.where(runtimes.load(config.target).versions()),
+        "machine": measure.where(runtimes.load(config.target).versions(dict(config.options))),
     }
 
 
@@ -250,5 +296,5 @@ def _keep(row: Row, out: Path, result: Mapping[str, Any]) -> None:
         for name in source.files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.path / name, folder / name)
-        artifact.write_text(folder / EVIDENCE / "plan.json", json.dumps(result, indent=1))
+        artifact.write_text(folder / EVIDENCE / "plan.json", json.dumps(finite(result), indent=1))
         artifact.seal(folder, "graph", source.config, source.signatures, source.lineage)

@@ -154,7 +154,7 @@ def sensitivity_plot(label: str, layers: Sequence[Layer]) -> str:
     return _svg(label, draw, 2, (6.4, 4.2))
 
 
-def _outstanding(layers: Sequence[Layer], count: int = 5) -> set[Layer]:
+def _outstanding(layers: Sequence[Layer], count: int = 4) -> set[Layer]:
     by_error, by_time = (sorted(layers, key=key)[-count:] for key in (lambda x: x.mse, lambda x: x.saved_ms))
     return {*by_error, *by_time}
 
@@ -164,12 +164,12 @@ def plan_plot(label: str, candidates: Sequence[tuple[float, float, bool]], limit
 
     def draw(axes: Any) -> None:
         finite = [(ms, db) for ms, db, _ in candidates if np.isfinite(db)]
-        axes.scatter(*zip(*finite, strict=True), s=25, color=_SERIES[0], label="candidate")
+        axes.scatter([ms for ms, _ in finite], [db for _, db in finite], s=25, color=_SERIES[0], label="candidate")
         for ms, db, chosen in candidates:
             if chosen and np.isfinite(db):
                 axes.scatter([ms], [db], s=140, facecolors="none", edgecolors=_SERIES[1], label="chosen")
             if not np.isfinite(db):
-                axes.axvline(ms, linestyle=":", linewidth=1.2, color=_SERIES[2], label="FP32")
+                axes.axvline(ms, linestyle=":", linewidth=1.2, color=_SERIES[2], label="no difference")
         if limit_db is not None:
             axes.axhline(limit_db, linestyle="--", linewidth=1, color=_SERIES[1], label="budget")
         axes.set_xlabel("frame (ms)")

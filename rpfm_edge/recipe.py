@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from rpfm_edge import artifact, assets
 from rpfm_edge.errors import ArtifactError, ConfigError
+from rpfm_edge.metrics import Budget
 from rpfm_edge.precisions import require_backends
 
 if sys.version_info >= (3, 11):
@@ -209,7 +210,26 @@ def load_recipe(path: Path | str) -> Recipe:
         require_backends(precision, recipe.build.targets)
     asked = recipe.quantize
     check_method(asked.method, asked.least_psnr_db, "int8" if "int8" in asked.also else asked.precision)
+    _check_quantize(recipe, str(path))
     return recipe
+
+
+def _check_quantize(recipe: Recipe, where: str) -> None:
+    """What [quantize] asks for goes together, and with [qad] and the targets: found now, not after the training."""
+    table, targets = recipe.quantize, recipe.build.targets
+    if table.precision != "auto" and table.budget:
+        problem, fix = f"[quantize.budget] with precision {table.precision}", 'set precision = "auto", or leave it out'
+    elif table.precision == "auto" and set(targets) & {"torch", "torch-tensorrt"}:
+        problem, fix = f"precision auto for {list(targets)}", "leave targets out that run the float student only"
+    elif table.precision == "auto" and "tensorrt" in targets and len(targets) > 1:
+        problem, fix = f"precision auto for {list(targets)}", "plan for tensorrt alone, which needs a graph of its own"
+    elif recipe.qad and table.precision not in (recipe.qad.precision, "auto"):
+        problem = f"[qad] for {recipe.qad.precision} and [quantize] precision {table.precision}"
+        fix = "fine-tune for the precision of the bundle"
+    else:
+        Budget.from_dict(table.budget, f"{where} [quantize.budget]")
+        return
+    raise ConfigError(f"{where}: {problem}", expected="what goes together", fix=fix)
 
 
 def check_method(method: str, least_psnr_db: float | None, precision: str) -> None:

@@ -22,7 +22,7 @@ from rpfm_edge.frontier_table import COLUMNS, caption, lines, points
 from rpfm_edge.measure import Latency
 from rpfm_edge.metrics import METRICS, Summary, check_image, check_pair, import_extra
 from rpfm_edge.plan_table import COLUMNS as PLAN_COLUMNS
-from rpfm_edge.plan_table import plan_caption, plan_lines
+from rpfm_edge.plan_table import plan_caption, plan_lines, psnr_db
 from rpfm_edge.plots import Layer, frontier_plot, histogram, loss_plot, plan_plot, sensitivity_plot, validation_plot
 
 ERROR_SCALE = 64  # of 255: the mean absolute error over the channels that gets the brightest colour
@@ -364,8 +364,7 @@ def _plan(result: Mapping[str, Any] | None, safe: type[str]) -> dict[str, Any] |
         Layer(unit["name"], unit["mse"], 1e3 * unit["saved_s"], unit["precision"] == "int8") for unit in result["units"]
     ]
     candidates = [
-        (1e3 * row["frame"]["p50_s"], float(row["against_float"]["psnr_db"]["median"]), row["name"] == result["chosen"])
-        for row in result["frontier"]
+        (1e3 * row["frame"]["p50_s"], psnr_db(row), row["name"] == result["chosen"]) for row in result["frontier"]
     ]
     return {
         "caption": plan_caption(result),

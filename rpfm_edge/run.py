@@ -150,7 +150,7 @@ def _plan(recipe: Recipe, stages: Stages, graph: Path, out: Path) -> None:
             raise ConfigError(
                 f"no precision meets the budget of [quantize] ({found['best']} is the nearest)",
                 expected="limits that the float graph meets",
-                fix=f"see {out}.work/report.html",
+                fix=f"see {out}.plan/report.html",
             )
 
     config = [target, options, dict(table.budget), table.samples, seed]

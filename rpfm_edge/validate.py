@@ -5,6 +5,7 @@ Beside the distances to these: where the joints are (``keypoints``), and how ste
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,6 +41,14 @@ class Pairs:
     truths: np.ndarray
     noise: np.ndarray  # (n, C, h, w) float32
     poses: np.ndarray | None = None
+
+    @property
+    def digest(self) -> str:
+        """sha256 over names, pictures and noise: what is rendered from these pairs depends on nothing else of them."""
+        sha = hashlib.sha256(repr(self.names).encode())
+        for array in (self.sources, self.skeletons, self.truths, self.noise):
+            sha.update(np.ascontiguousarray(array).tobytes())
+        return sha.hexdigest()
 
 
 def draw_pairs(split: Split, count: int, size: tuple[int, int], latent_shape: Iterable[int], seed: int = 0) -> Pairs:

@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import openvino
 import pytest
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from quantize import calibrate
 from quantize.execute import Graph
@@ -129,6 +129,21 @@ def test_with_int32_biases_onnxruntime_computes_linear_layers_in_int8(
     assert kinds["int32"]["QGemm"] == len(linear)
     assert kinds["float"]["QGemm"] == 0
     assert psnr_db(images["float"], images["int32"]) > 50
+
+
+def test_a_bias_that_int32_cannot_hold_stays_float() -> None:
+    """A channel of weights near 0 makes the step of its bias tiny."""
+    weight, bias = np.full((2, 3), 1e-9, np.float32), np.array([0.5, 0.25, 0.0], np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("Gemm", ["x", "w", "b"], ["y"], name="g")],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 2))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, (1, 3))],
+        [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(bias, "b")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    found = Graph(insert(model, ["g"], {"x": 3.0}, biases="int32"))({"x": np.ones((1, 2), np.float32)})
+    np.testing.assert_allclose(found[0], bias, atol=1e-6)
 
 
 def test_nothing_chosen_is_the_float_graph(frame: onnx.ModelProto, feeds: list[Feeds]) -> None:

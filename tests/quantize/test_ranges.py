@@ -14,7 +14,7 @@ from onnx import helper
 from quantize import calibrate
 from quantize.ranges import CENTRES, PERCENTILE, Observed, activations, observe
 from rpfm_edge.artifact import Artifact
-from rpfm_edge.errors import ConfigError
+from rpfm_edge.errors import ArtifactError, ConfigError
 
 BIN = 1 / 64  # of an octave: how far a bin's centre is from what is in it, at most
 
@@ -59,6 +59,14 @@ def test_the_least_error_is_found(values: list[np.ndarray], levels: int) -> None
 def test_a_tensor_of_zeros_has_a_range() -> None:
     found = observed([np.zeros(10, np.float32)])
     assert {found.range(estimator) for estimator in ("mean", "minmax", "percentile", "mse")} == {1.0}
+
+
+def test_values_that_are_not_finite_are_named(tiny_graph: Artifact, samples: Path) -> None:
+    model = onnx.load(tiny_graph.file("frame.onnx"))
+    feeds = dict(next(iter(calibrate.load(samples).feeds("frame"))))
+    feeds["noise"] = np.full_like(feeds["noise"], np.nan)
+    with pytest.raises(ArtifactError, match="is not finite on sample 1"):
+        observe(model, [feeds], 1)
 
 
 def test_an_unknown_estimator_is_named(values: list[np.ndarray]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from quantize.layers import PRODUCTS
+from quantize.layers import PRODUCTS, load
 from quantize.units import chosen, matching, multiplications, units
 from rpfm_edge.artifact import Artifact
 from rpfm_edge.errors import ArtifactError, ConfigError
@@ -46,22 +48,54 @@ def test_units_hold_all_steps_of_a_block_and_say_its_place(frame: onnx.ModelProt
     assert len(found["block1.linear3"].products) == TINY_STEPS  # the head, whose result moves the noise
 
 
-def test_a_graph_whose_steps_differ_is_refused(frame: onnx.ModelProto) -> None:
+def test_a_graph_without_attention_is_refused(frame: onnx.ModelProto) -> None:
     copy = onnx.ModelProto()
     copy.CopyFrom(frame)
-    node = next(node for node in copy.graph.node if node.op_type == "MatMul")
-    node.op_type = "Mul"
-    with pytest.raises(ArtifactError, match="attention products in 2 steps"):
+    for node in copy.graph.node:
+        node.op_type = "Mul" if node.op_type == "MatMul" else node.op_type
+    with pytest.raises(ArtifactError, match="has no attention"):
         units(copy)
+
+
+def test_the_attention_of_another_autoencoder_is_a_block_of_its_own(tmp_path: Path) -> None:
+    """It stands once in a frame, whatever the steps, and makes queries, keys and values by three layers."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    from distill.autoencoder import KLAutoencoder
+    from distill.export import export
+    from distill.rpfm import RPFM, RPFMConfig
+    from distill.student import DistillConfig, Student, save_student
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(8,) * 4,
+            norm_num_groups=4,
+            latent_channels=4,
+        )
+        network = RPFM(RPFMConfig(dim=32, depth=2, heads=2, latent_size=(8, 6), latent_channels=4, step_embedding=True))
+        student = Student(network, KLAutoencoder(vae))
+    made = save_student(student, tmp_path / "student", DistillConfig(steps=2), (64, 48), ())
+    found = {unit.name: unit for unit in units(load(export(made.path, tmp_path / "graph").file("frame.onnx")))}
+    assert len(found["block0.qk"].products) == len(found["block1.av"].products) == 2
+    assert len(found["block2.qk"].products) == len(found["block2.av"].products) == 1
+    assert {"block2.qkv", "block2.qkv1", "block2.qkv2"} <= set(found)
+    assert {name for name, unit in found.items() if unit.attention} == {
+        f"block{block}.{part}" for block in range(3) for part in ("qk", "av")
+    }
 
 
 def test_patterns_choose_units_and_a_pattern_without_one_is_an_error(frame: onnx.ModelProto) -> None:
     found = units(frame)
-    names = matching(found, ["block*.qk", "decoder.conv0"])
+    known = [unit.name for unit in found]
+    names = matching(known, ["block*.qk", "decoder.conv0"])
     assert names == {"block0.qk", "block1.qk", "decoder.conv0"}
     assert len(chosen(found, names)) == 2 * TINY_STEPS + 1
     with pytest.raises(ConfigError, match=r"'block9.\*' matches no layer"):
-        matching(found, ["block9.*"])
+        matching(known, ["block9.*"])
 
 
 def test_multiplications_are_those_of_the_formula() -> None:
