@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,10 +15,13 @@ from rich.console import Console
 from rich.text import Text
 
 from rpfm_edge import api, bench_table, gate_table, tables
+from rpfm_edge.artifact import finite
 from rpfm_edge.baseline import FOLDER
 from rpfm_edge.bench import rows
 from rpfm_edge.errors import ConfigError, RpfmError
+from rpfm_edge.live.command import live
 from rpfm_edge.options import parse_options
+from rpfm_edge.planner import work_folder
 
 app = typer.Typer(
     add_completion=False,
@@ -124,6 +126,8 @@ def quantize(
     given = {"--target": target, "--budget": budget, "--keep": keep, "--pairs": pairs, "--points": points}
     given["--option"] = option
     if precision == "auto":
+        if method != "ptq" or least_psnr is not None:
+            raise ConfigError("a method with precision auto", expected="precision int8", fix="leave it out")
         options = parse_options(option or ())
         numbers = {"samples": samples, "pairs": pairs, "points": points, "keep": tuple(keep or ()), "seed": seed}
         _planned(api.plan(student, data, out, target or "", budget, steps, options, **numbers), out, json)
@@ -139,7 +143,11 @@ def quantize(
 def _planned(result: Mapping[str, Any], out: Path, as_json: bool) -> None:
     """The candidates, the verdict; exit 1 if nothing meets the budget."""
     tables.plan(result)
-    _finish(result, as_json) if as_json else tables.say(f"report {out}.work/report.html")
+    report = work_folder(out) / "report.html"
+    if as_json:
+        _finish(result, as_json)
+    elif report.is_file():
+        tables.say(f"report {report}")
     if not result["chosen"]:
         raise typer.Exit(1)
 
@@ -305,6 +313,9 @@ def run(recipe: Annotated[Path, typer.Argument(help="A TOML recipe.")], json: Js
     raise typer.Exit(1 if result["violations"] else 0)
 
 
+app.command()(live)
+
+
 def _made(artifact: Any, as_json: bool) -> None:
     record = {"path": str(artifact.path), "kind": artifact.kind, "digest": artifact.digest}
     _finish(record, as_json) if as_json else tables.say(f"wrote {artifact.kind} {artifact.path}")
@@ -312,16 +323,7 @@ def _made(artifact: Any, as_json: bool) -> None:
 
 def _finish(record: Mapping[str, Any], as_json: bool) -> None:
     assert as_json
-    print(json.dumps(_finite(record), default=str, allow_nan=False), flush=True)
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows neither infinity (the PSNR of equal images) nor nan: both become null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else value
+    print(json.dumps(finite(record), default=str, allow_nan=False), flush=True)
 
 
 def main() -> None:

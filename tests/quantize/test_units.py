@@ -58,7 +58,7 @@ def test_a_graph_without_attention_is_refused(frame: onnx.ModelProto) -> None:
 
 
 def test_the_attention_of_another_autoencoder_is_a_block_of_its_own(tmp_path: Path) -> None:
-    """It stands once in a frame, whatever the steps, and makes queries, keys and values by three layers."""
+    """It stands once in a frame, whatever the steps."""
     import torch
     from diffusers import AutoencoderKL
 
@@ -82,7 +82,7 @@ def test_the_attention_of_another_autoencoder_is_a_block_of_its_own(tmp_path: Pa
     found = {unit.name: unit for unit in units(load(export(made.path, tmp_path / "graph").file("frame.onnx")))}
     assert len(found["block0.qk"].products) == len(found["block1.av"].products) == 2
     assert len(found["block2.qk"].products) == len(found["block2.av"].products) == 1
-    assert {"block2.qkv", "block2.qkv1", "block2.qkv2"} <= set(found)
+    assert "block2.qkv" in found
     assert {name for name, unit in found.items() if unit.attention} == {
         f"block{block}.{part}" for block in range(3) for part in ("qk", "av")
     }
