@@ -21,6 +21,7 @@ from tests.toy import make_teacher
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 TWO = "out = 'x'\n[[distill]]\nname = 'a'\n[[distill]]\nname = 'b'\n"
+AUTO = TWO + "[quantize]\nprecision = 'auto'\n"
 RECIPE = """
 out = "run"
 [teacher]
@@ -115,6 +116,11 @@ def test_the_chain_for_a_gpu_is_the_one_that_is_tried_at_toy_size(name: str) -> 
         ("out = 'x'\n[quantize]\nalso = 'int8'", "also = 'int8'", "a list"),
         ("out = 'x'\n[build]\ntargets = ['tflite']", "targets = ['tflite']", "'openvino'"),
         ("out = 'x'\nteacher = 'teacher:xs'", "teacher = 'teacher:xs'", "a table"),
+        (f"{TWO}[quantize]\nbudget = {{psnr_db_min = 40}}", "[quantize.budget] with precision int8", "together"),
+        (f"{AUTO}budget = {{psnr_min = 40}}", "'psnr_min'", "'psnr_db_min'"),
+        (f"{AUTO}[build]\ntargets = ['openvino', 'torch']", "precision auto for ['openvino', 'torch']", "together"),
+        (f"{AUTO}[build]\ntargets = ['openvino', 'tensorrt']", "precision auto for", "together"),
+        (f"{TWO}[qad]\nprecision = 'int4-weights'", "[qad] for int4-weights and [quantize]", "together"),
         ("out = 'x'", "makes no student", "[student] artifact"),
         ("out = ", "cannot be read", "valid TOML"),
     ],
@@ -371,10 +377,14 @@ def test_the_toy_recipe_tries_every_stage(tmp_path: Path, monkeypatch: pytest.Mo
     engines = [row for row in frontier["rows"] if row["backend"] in ("openvino", "onnxruntime")]
     assert [row.get("reason") for row in engines] == [None] * 8  # two numbers of steps, two precisions, two backends
     page = Path(result["report"]).read_text()
-    for words in ("endpoint-1, 1 step, distilled in this run", "in multiples of the teacher", "validation"):
+    shown = ("endpoint-1, 1 step, distilled in this run", "in multiples of the teacher", "validation", "Every unit")
+    for words in shown:
         assert words in page
     bundle = artifact.load(out / "bundle", "bundle")
-    assert (bundle.config["steps"], bundle.config["precision"]) == (1, "int8")
+    plan = json.loads((out / "graphs" / "auto" / "evidence" / "plan.json").read_text())
+    assert plan["target"] == "openvino"
+    chosen = "int8" if plan["chosen"].startswith("int8") else plan["chosen"]  # the times of so small a frame decide
+    assert (bundle.config["steps"], bundle.config["precision"]) == (1, chosen)
     assert artifact.load(out / "graphs" / "fp32").lineage[-1].inputs["student"] == students["flowmap"].digest
 
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()}
