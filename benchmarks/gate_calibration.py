@@ -55,7 +55,15 @@ def one_run(bundle: Path, backend: str, way: str, share: float, seed: int, limit
         else:
             judgement = regression.hold_against(new, times, config, found)
     facts = {"took_s": time.perf_counter() - start, "others": busy_share(found), "load": os.getloadavg()[0]}
-    return {"way": way, "share": share, "rounds": len(joined(found, NEW)), **judgement.to_json(), **facts}
+    times_s = {name: joined(found, name) for name in found[0].times_s}
+    return {
+        "way": way,
+        "share": share,
+        "rounds": len(joined(found, NEW)),
+        **judgement.to_json(),
+        **facts,
+        "times_s": times_s,
+    }
 
 
 def settled_times(bundle: Path, backend: str, limit_s: float, out: Path) -> list[float]:

@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -133,18 +134,23 @@ def estimate(images: np.ndarray) -> np.ndarray:
         raise InputError(
             f"images are {images.dtype}{list(images.shape)}", expected="uint8 [n, H, W, 3]", fix="stack 8-bit images"
         )
+    joints = estimator()
+    found = np.full((len(images), 18, 2), np.nan, np.float32)
+    with progress("joints", total=len(images)) as advance:
+        for index, image in enumerate(images):
+            found[index] = joints(image)
+            advance(index + 1)
+    return found
+
+
+def estimator() -> Callable[[np.ndarray], np.ndarray]:
+    """A function from one picture (H, W, 3) uint8 RGB to its joints, as ``estimate`` gives them; raises likewise."""
     path = pose_weights()
     if path is None:
         raise BackendError(
             "the network that finds joints is not at hand", expected=str(cached_file()), fix=f"run: {FETCH}"
         )
-    network = _open(path, path.stat().st_mtime_ns)
-    found = np.full((len(images), 18, 2), np.nan, np.float32)
-    with progress("joints", total=len(images)) as advance:
-        for index, image in enumerate(images):
-            found[index] = _estimate_one(network, image)
-            advance(index + 1)
-    return found
+    return partial(_estimate_one, _open(path, path.stat().st_mtime_ns))
 
 
 @lru_cache(maxsize=2)

@@ -1,0 +1,1 @@
+"""Poses in, frames out: the live service (extra ``live``)."""

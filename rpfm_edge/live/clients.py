@@ -1,0 +1,238 @@
+"""The clients of the live service: one slot, one sender and one set of limits each, so that none can hold up another.
+
+Everything here runs in the server's event loop, except ``encode``, which has a thread of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import OrderedDict, deque
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import cv2
+import numpy as np
+
+from rpfm_edge.errors import ConfigError, InputError, RpfmError
+from rpfm_edge.live import messages
+from rpfm_edge.live.latency import Latency
+from rpfm_edge.live.matte import stacked
+from rpfm_edge.live.session import Frame, now_ms
+
+REMEMBERED = 256  # frames of a client that may still be answered with "shown"
+TEXTS = 64  # that wait for a client; the oldest go first
+ERRORS_PER_S = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one service puts up with."""
+
+    clients: int = 8
+    messages_per_s: float = 600.0
+    send_s: float = 5.0
+    upload_bytes: int = 10 * 2**20
+    uploads_waiting: int = 4
+    quality: int = 90  # of JPEG
+
+
+@dataclass(slots=True)
+class Bucket:
+    """A token bucket: ``rate`` a second on average, twice that at once."""
+
+    rate: float
+    level: float = field(default=0.0)
+    _at_s: float | None = None
+
+    def take(self, now_s: float) -> bool:
+        """Whether one more is allowed at ``now_s``."""
+        full = 2 * self.rate
+        before = now_s if self._at_s is None else self._at_s
+        self.level = full if self._at_s is None else min(full, self.level + (now_s - before) * self.rate)
+        self._at_s = now_s
+        if self.level < 1:
+            return False
+        self.level -= 1
+        return True
+
+
+class Client:
+    """One connection: what waits for it, and what it may still answer."""
+
+    def __init__(self, socket: Any, number: int, limits: Limits) -> None:
+        self.socket, self.number, self.matte = socket, number, "none"
+        self.frame: Frame | None = None
+        self.texts: deque[dict[str, Any]] = deque(maxlen=TEXTS)
+        self.wake = asyncio.Event()
+        self.last_id = -1
+        self.sent = self.missed = self.refused = 0
+        self.unanswered: OrderedDict[int, tuple[int, dict[str, float], float | None]] = OrderedDict()
+        self.rate, self.errors = Bucket(limits.messages_per_s), Bucket(ERRORS_PER_S)
+
+    def tell(self, message: Mapping[str, Any]) -> None:
+        """Let the client know, in order, before any later frame."""
+        self.texts.append({"v": messages.VERSION, **message})
+        self.wake.set()
+
+    def refuse(self, message: str, number: int | None = None) -> None:
+        """Answer with an error; a flood of faults is answered now and then only."""
+        self.refused += 1
+        if self.errors.take(now_ms() / 1e3):
+            self.tell({"type": "error", "message": message} | ({} if number is None else {"id": number}))
+
+    def offer(self, frame: Frame) -> None:
+        """Put a frame in the slot, in place of one that is not sent yet."""
+        self.missed += self.frame is not None
+        self.frame = frame
+        self.wake.set()
+
+    def remember(self, frame: Frame, times_ms: dict[str, float]) -> None:
+        """Keep the stamps of a frame until it is answered."""
+        posed = frame.pose.client_ms if frame.pose.owner == self.number else None
+        self.unanswered[frame.number] = (frame.pose.id, times_ms, posed)
+        while len(self.unanswered) > REMEMBERED:
+            self.unanswered.popitem(last=False)
+
+    def answered(self, message: Mapping[str, Any]) -> tuple[dict[str, float], float | None] | None:
+        """The stamps of the frame that a message of type ``shown`` names; None if it is not known (any more)."""
+        number = message.get("frame")
+        if not isinstance(number, int):
+            wanted = messages.pose_id(message)
+            number = next((key for key, (one, *_) in reversed(self.unanswered.items()) if one == wanted), None)
+        found = None if number is None else self.unanswered.pop(number, None)
+        return None if found is None else found[1:]
+
+
+def encode(frame: Frame, matte: str, quality: int) -> bytes:
+    """The JPEG of a frame, made once for all clients who want it so; stamps the frame when it is first encoded."""
+    if matte not in frame.jpegs:
+        image = stacked(frame.image) if matte == "stacked" else frame.image
+        good, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+        assert good
+        frame.jpegs[matte] = data.tobytes()
+    return frame.jpegs[matte]
+
+
+def header(frame: Frame, client: Client, times_ms: Mapping[str, float]) -> dict[str, Any]:
+    """What stands before the JPEG; with the pose, if it is not the client's own."""
+    found = {
+        "id": frame.pose.id,
+        "frame": frame.number,
+        "person": frame.person,
+        "steps": frame.steps,
+        "matte": client.matte,
+        "reused": frame.reused,
+        "times_ms": {name: round(value, 3) for name, value in times_ms.items()},
+    }
+    if frame.pose.owner != client.number:
+        found["pose"] = [None if np.isnan(x) else [round(x, 1), round(y, 1)] for x, y in frame.pose.points.tolist()]
+    return found
+
+
+class Sender:
+    """Sends what waits for a client, for all clients with one thread that encodes."""
+
+    def __init__(self, limits: Limits, latency: Latency) -> None:
+        self.limits, self.latency, self.person = limits, latency, 1
+        self._encoder = ThreadPoolExecutor(1, "encode")
+
+    def close(self) -> None:
+        """Free the thread."""
+        self._encoder.shutdown()
+
+    async def run(self, client: Client) -> None:
+        """Send until the connection ends; ``TimeoutError`` if the client takes nothing for ``limits.send_s``."""
+        while True:
+            await client.wake.wait()
+            client.wake.clear()
+            await self._send_texts(client)
+            frame, client.frame = client.frame, None
+            if frame is not None:
+                await self._send_frame(client, frame)
+
+    async def _send_texts(self, client: Client) -> None:
+        while client.texts:
+            await self._in_time(client.socket.send_text(json.dumps(client.texts.popleft(), allow_nan=False)))
+
+    async def _send_frame(self, client: Client, frame: Frame) -> None:
+        loop, matte = asyncio.get_running_loop(), client.matte
+        jpeg = await loop.run_in_executor(self._encoder, encode, frame, matte, self.limits.quality)
+        if frame.person < self.person or matte != client.matte:  # of someone who left while it was encoded
+            client.missed += 1
+            return
+        now = now_ms()
+        times = {**frame.times_ms, "encoded": now, "sent": now}
+        data = messages.pack(header(frame, client, times), jpeg)
+        times["sent"] = now_ms()
+        client.remember(frame, times)
+        await self._in_time(client.socket.send_bytes(data))
+        client.sent += 1
+        self.latency.sent(times, now_ms())
+
+    async def _in_time(self, sending: Any) -> None:
+        await asyncio.wait_for(sending, self.limits.send_s)
+
+
+def heard(client: Client, text: str | bytes, latency: Latency, service: Any) -> None:
+    """Act on one message of a client; what is wrong with it is answered, and nothing else happens.
+
+    Args:
+        service: takes poses and options, and knows ``size``: ``rpfm_edge.live.server.Service``.
+    """
+    now, number = now_ms(), None
+    if not client.rate.take(now / 1e3):
+        client.refuse("too many messages: expected fewer a second; slow down.")
+        return
+    try:
+        message = messages.decode(text)
+        number = message.get("id") if isinstance(message.get("id"), int) else None
+        _act(client, message, now, latency, service)
+    except RpfmError as error:
+        client.refuse(str(error), number)
+
+
+def _act(client: Client, message: dict[str, Any], now: float, latency: Latency, service: Any) -> None:
+    kind = message["type"]
+    if kind == "pose":
+        service.pose(client, in_order(client, messages.read_pose(message, service.size, now, client.number)))
+    elif kind == "shown":
+        _shown(client, message, latency)
+    elif kind == "ping":
+        client.tell({"type": "pong", "t_ms": messages.number_or_none(message, "t_ms"), "server_ms": now_ms()})
+    elif kind == "options":
+        service.options(client, message)
+    elif kind != "hello":
+        known = '"pose", "shown", "ping" or "options"'
+        raise InputError(f"a message has the type {kind!r:.30}", expected=known, fix="correct it")
+
+
+def in_order(client: Client, pose: messages.Pose) -> messages.Pose:
+    """``pose``, if it comes after the client's latest; raises ``InputError`` otherwise."""
+    if pose.id <= client.last_id:
+        raise InputError(
+            f"pose {pose.id} is out of order", expected=f"an id above {client.last_id}", fix="count poses upwards"
+        )
+    client.last_id = pose.id
+    return pose
+
+
+def _shown(client: Client, message: Mapping[str, Any], latency: Latency) -> None:
+    shown = messages.number_or_none(message, "t_ms")
+    if shown is None:
+        raise InputError("shown has no time", expected='"t_ms", the client\'s clock', fix="send it")
+    found = client.answered(message)
+    if found is not None:
+        received, offset = (messages.number_or_none(message, name) for name in ("received_ms", "offset_ms"))
+        latency.shown(*found, shown, received, offset)
+
+
+def set_matte(client: Client, matte: object) -> None:
+    """Choose how a client's frames carry alpha; raises ``ConfigError``."""
+    if matte not in messages.MATTES:
+        raise ConfigError(
+            f"the matte is {matte!r:.30}", expected=f"one of {list(messages.MATTES)}", fix="choose one of these"
+        )
+    client.matte = str(matte)

@@ -1,0 +1,64 @@
+"""What the tests of the live page share: Chromium with a page that is being watched, and a service behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rpfm_edge import api
+from rpfm_edge.artifact import Artifact
+from rpfm_edge.image import load_image
+from rpfm_edge.live.access import Access
+from rpfm_edge.live.clients import Limits
+from rpfm_edge.live.server import Place, serving
+from rpfm_edge.live.service import Service
+from rpfm_edge.live.session import Options
+from rpfm_edge.pipeline import Pipeline
+from tests.live.chrome import Page, browser
+
+PEOPLE = Path(api.__file__).parent / "assets" / "people" / "test_highres"
+FIRST, SECOND = PEOPLE / "p00900_0.jpg", PEOPLE / "p00909_3.jpg"
+SPY = """
+const send = WebSocket.prototype.send;
+window.sent = {};
+WebSocket.prototype.send = function (text) {
+  const message = JSON.parse(text);
+  window.sent[message.type] = message;
+  send.call(this, text);
+};
+"""
+
+
+@pytest.fixture(scope="session")
+def page_pipeline(tiny_graph: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+    bundle = api.build(tiny_graph.path, tmp_path_factory.mktemp("page") / "bundle", "openvino")
+    with Pipeline.open(bundle.path) as opened:
+        yield opened
+
+
+@contextmanager
+def service(pipeline: Any, port: int = 0, access: Access | None = None, **feeds: Any) -> Iterator[str]:
+    """The address of a live service of the first person, which draws every pose that it is given."""
+    found = Service([pipeline], load_image(FIRST), Options(still_px=-1), Limits(), feeds)
+    with serving(found, Place(port=port, access=access or Access(None))) as running:
+        yield f"http://127.0.0.1:{running.port}/"
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    with browser(tmp_path_factory.mktemp("chromium")) as page:
+        page.call("Page.addScriptToEvaluateOnNewDocument", source=SPY)
+        yield page
+
+
+@pytest.fixture
+def page(chromium: Page) -> Iterator[Page]:
+    chromium.errors.clear()
+    chromium.screen(1280, 860)
+    yield chromium
+    assert chromium.errors == []
+    chromium.call("Page.navigate", url="about:blank")
