@@ -41,9 +41,13 @@ def test_units_hold_all_steps_of_a_block_and_say_its_place(frame: onnx.ModelProt
     softmax = {node.output[0] for node in frame.graph.node if node.op_type == "Softmax"}
     for name, unit in found.items():
         assert (kinds[unit.products[0]].input[0] in softmax) == name.endswith(".av")
-        if not unit.attention:
+        if not unit.attention and name != "decoder.conv0":
             assert len({kinds[product].input[1] for product in unit.products}) == 1
-    assert len(found["decoder.conv0"].products) == len(found["encoder.conv0"].products) == 1
+    assert len(found["encoder.conv0"].products) == 1
+    both = [kinds[product] for product in found["decoder.conv0"].products]  # the decoder's two paths from the latent
+    assert len({node.input[0] for node in both}) == 1
+    assert len({node.input[1] for node in both}) == 2
+    assert "decoder.conv1" not in found
     assert "head" not in found
     assert len(found["block1.linear3"].products) == TINY_STEPS  # the head, whose result moves the noise
 
@@ -93,7 +97,7 @@ def test_patterns_choose_units_and_a_pattern_without_one_is_an_error(frame: onnx
     known = [unit.name for unit in found]
     names = matching(known, ["block*.qk", "decoder.conv0"])
     assert names == {"block0.qk", "block1.qk", "decoder.conv0"}
-    assert len(chosen(found, names)) == 2 * TINY_STEPS + 1
+    assert len(chosen(found, names)) == 2 * TINY_STEPS + 2
     with pytest.raises(ConfigError, match=r"'block9.\*' matches no layer"):
         matching(known, ["block9.*"])
 
