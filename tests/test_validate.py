@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rpfm_edge import api, artifact, cli
+from rpfm_edge import api, artifact, tables
 from rpfm_edge.artifact import Artifact
 from rpfm_edge.bundle import read_evidence
 from rpfm_edge.data import Split, open_split, read_clip, sample_root
@@ -101,7 +101,7 @@ def test_what_cannot_be_measured_is_said_and_breaks_its_limit(
         "onnxruntime: pck was not measured, the limit is 0.9 (pck_min)",
         "onnxruntime: flicker was not measured, the limit is 2 (flicker_max)",
     ]
-    cli._drift_table(found)
+    tables.drift(found)
     printed = " ".join(capsys.readouterr().out.split())
     assert "pck was not measured: the network is not at hand (run: python -m rpfm_edge.keypoints, or set" in printed
     assert "flicker was not measured: no clips were asked for" in printed
@@ -137,7 +137,7 @@ def test_the_table_gives_means(capsys: pytest.CaptureFixture[str]) -> None:
         stage("student", against_teacher={"psnr_db": {"median": 31.1}}),
         stage("ground truth", flicker={"flicker": {"mean": 0.3996}, "motion": {"mean": 1.0}}),
     ]
-    cli._drift_table({"stages": stages, "missing": {"lpips": "weights not at hand"}})
+    tables.drift({"stages": stages, "missing": {"lpips": "weights not at hand"}})
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "teacher, reference – – – 18.4 – –" in lines
     assert "teacher, reference 0.812 0.900 – –" in lines
