@@ -5,16 +5,19 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PROOF := $(VENV)/.tensorrt
 
-.PHONY: demo test slow lint types bench clean
+.PHONY: demo test slow browser lint types bench clean
 
 demo: $(READY)
 	$(BIN)/rpfm-edge run recipes/demo.toml
 
 test: $(READY) $(PROOF)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not browser"
 
 slow: $(READY) $(PROOF)
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+browser: $(READY)
+	$(BIN)/python -m pytest -m browser
 
 lint: $(READY)
 	$(BIN)/ruff check .

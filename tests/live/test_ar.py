@@ -112,7 +112,7 @@ def headset(page: Page, iwer: str, request: pytest.FixtureRequest) -> Iterator[P
         yield page
 
 
-@pytest.mark.slow
+@pytest.mark.browser
 @pytest.mark.parametrize("headset", [None, "local-floor"], indirect=True)
 def test_ar_shows_the_person_life_size_and_nothing_around(headset: Page) -> None:
     picture = seen(headset)
@@ -126,7 +126,7 @@ def test_ar_shows_the_person_life_size_and_nothing_around(headset: Page) -> None
     assert outside.max() == 0
 
 
-@pytest.mark.slow
+@pytest.mark.browser
 def test_ar_faces_the_viewer_and_comes_when_called(headset: Page) -> None:
     before = bounds(seen(headset))
     quarter = math.sqrt(0.5)
@@ -140,7 +140,7 @@ def test_ar_faces_the_viewer_and_comes_when_called(headset: Page) -> None:
     np.testing.assert_allclose(bounds(seen(headset)), before, atol=2)
 
 
-@pytest.mark.slow
+@pytest.mark.browser
 def test_ar_ends(headset: Page) -> None:
     headset.run("ar.click()")
     headset.until("ar.textContent === 'Enter AR'")

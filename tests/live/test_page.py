@@ -111,7 +111,7 @@ def middle(page: Page, point: np.ndarray) -> tuple[float, float]:
     return box["x"] + float(point[0]) * box["width"] / width, box["y"] + float(point[1]) * box["height"] / height
 
 
-@pytest.mark.slow
+@pytest.mark.browser
 @pytest.mark.parametrize("finger", [False, True])
 def test_shows_what_the_bundle_renders(page: Page, page_pipeline: Pipeline, finger: bool) -> None:
     person = page_pipeline.prepare(FIRST)
@@ -133,7 +133,7 @@ def test_shows_what_the_bundle_renders(page: Page, page_pipeline: Pipeline, fing
             assert psnr_db(shown, own) > max(50, psnr_db(shown, other) + 10)
 
 
-@pytest.mark.slow
+@pytest.mark.browser
 def test_keys_move_joints_and_their_limbs(page: Page, page_pipeline: Pipeline) -> None:
     with service(page_pipeline) as address:
         page.open(address)
@@ -148,7 +148,7 @@ def test_keys_move_joints_and_their_limbs(page: Page, page_pipeline: Pipeline) -
         np.testing.assert_allclose(sent_pose(page) - before, np.eye(18)[[3, 4]].sum(0)[:, None] * [0.5, 0], atol=0.11)
 
 
-@pytest.mark.slow
+@pytest.mark.browser
 def test_tells_the_latency_and_answers(page: Page, page_pipeline: Pipeline) -> None:
     with service(page_pipeline) as address:
         page.open(address)
@@ -179,7 +179,7 @@ class Noted:
         return self.pipeline.prepare(image)
 
 
-@pytest.mark.slow
+@pytest.mark.browser
 def test_a_photo_swaps_the_person(page: Page, page_pipeline: Pipeline, tmp_path: Path) -> None:
     large, broken, noted = tmp_path / "large.jpg", tmp_path / "broken.jpg", Noted(page_pipeline)
     cv2.imwrite(str(large), cv2.resize(cv2.imread(str(FIRST)), (2112, 3072), interpolation=cv2.INTER_CUBIC))
@@ -202,7 +202,7 @@ def test_a_photo_swaps_the_person(page: Page, page_pipeline: Pipeline, tmp_path:
         assert "person 3" in page.run("facts.textContent")
 
 
-@pytest.mark.slow
+@pytest.mark.browser
 def test_the_servers_motion(page: Page, page_pipeline: Pipeline) -> None:
     motion = STAND + np.array([[[-4, 0]], [[0, 0]], [[4, 0]]], np.float32)
     with service(page_pipeline, motion=replay(motion, 10)) as address:
@@ -221,7 +221,7 @@ def test_the_servers_motion(page: Page, page_pipeline: Pipeline) -> None:
         assert page.run("sent.pose.id") == last
 
 
-@pytest.mark.slow
+@pytest.mark.browser
 def test_reconnects(page: Page, page_pipeline: Pipeline) -> None:
     with service(page_pipeline) as address:
         page.open(address)
@@ -233,7 +233,7 @@ def test_reconnects(page: Page, page_pipeline: Pipeline) -> None:
         page.until(f"sent.shown.id > {before}")
 
 
-@pytest.mark.slow
+@pytest.mark.browser
 def test_pairs_by_a_code_and_says_when_it_is_shut_out(page: Page, page_pipeline: Pipeline) -> None:
     access = Access("0123456789abcdef")
     with service(page_pipeline, access=access) as address:
@@ -249,7 +249,7 @@ def test_pairs_by_a_code_and_says_when_it_is_shut_out(page: Page, page_pipeline:
         assert page.run("document.getElementById('status').dataset.open") == "false"
 
 
-@pytest.mark.slow
+@pytest.mark.browser
 def test_the_animation_stays_in_the_picture(page: Page, page_pipeline: Pipeline) -> None:
     with service(page_pipeline) as address:
         page.open(address)
@@ -262,7 +262,7 @@ def test_the_animation_stays_in_the_picture(page: Page, page_pipeline: Pipeline)
             assert np.abs(np.diff(poses, axis=0)).max() > 0.01 * size[0]
 
 
-@pytest.mark.slow
+@pytest.mark.browser
 @pytest.mark.parametrize(("width", "height"), [(320, 568), (390, 844), (768, 1024), (1280, 720)])
 def test_fits_every_screen(page: Page, page_pipeline: Pipeline, width: int, height: int) -> None:
     with service(page_pipeline) as address:
