@@ -18,11 +18,10 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
-from quantize.execute import Graph
 from quantize.layers import plan
-from quantize.ranges import CENTRES, Observed
+from quantize.ranges import watch
 from rpfm_edge.errors import ArtifactError, ConfigError, ParityError
 from rpfm_edge.progress import progress
 from rpfm_edge.signature import Feeds
@@ -260,7 +259,7 @@ def sign_activations(model: onnx.ModelProto) -> None:
         model.graph.value_info.remove(value)
 
 
-def _least_error(model: onnx.ModelProto, samples: Iterable[Feeds]) -> None:
+def _least_error(model: onnx.ModelProto, samples: Sequence[Feeds]) -> None:
     """Give every activation the range of the least squared error, as it is in this graph.
 
     NNCF's own histogram has two ends, and its symmetric quantizers take the upper one, however far the lower is.
@@ -268,14 +267,7 @@ def _least_error(model: onnx.ModelProto, samples: Iterable[Feeds]) -> None:
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
     names = list(dict.fromkeys(node.input[0] for node in nodes))
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
-    del watched.graph.output[:]
-    watched.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
-    graph, seen = Graph(watched), {name: Observed(np.zeros(len(CENTRES), np.int64), []) for name in names}
-    for sample in samples:
-        for name, values in zip(names, graph.all(sample), strict=True):
-            seen[name].add(values)
+    seen = watch(model, names, samples, len(samples))
     for node in nodes:
         levels = 127 if tensors[node.input[2]].data_type == onnx.TensorProto.INT8 else 255
         scale = tensors[node.input[1]]

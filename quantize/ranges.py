@@ -60,12 +60,16 @@ class Observed:
 def observe(
     model: onnx.ModelProto, feeds: Iterable[Feeds], count: int, products: Collection[str] | None = None
 ) -> dict[str, Observed]:
-    """Run ``model`` on ``count`` samples and look at the activations that go into ``products`` (default: all).
+    """``watch`` the activations that go into ``products`` (default: all)."""
+    return watch(model, activations(model, products), feeds, count)
+
+
+def watch(model: onnx.ModelProto, tensors: Collection[str], feeds: Iterable[Feeds], count: int) -> dict[str, Observed]:
+    """Run ``model`` on ``count`` samples and look at ``tensors``.
 
     Raises:
         ArtifactError: a value that is not finite.
     """
-    tensors = activations(model, products)
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     outputs = {output.name for output in copy.graph.output}
