@@ -192,17 +192,17 @@ def _explore(study: Study, candidates: Candidates, order: Sequence[str]) -> tupl
     """
     from quantize.plan import grid
 
-    found = {
-        count: _attempt(f"int8-{count}", order[:count], partial(_mixed, study, candidates, order[:count]))
-        for count in grid(len(order), candidates.config.points)
-    }
+    def first(count: int) -> Row:
+        return _attempt(f"int8-{count}", order[:count], partial(_mixed, study, candidates, order[:count]))
+
+    found = {count: first(count) for count in grid(len(order), candidates.config.points)}
     for _ in range(BISECTIONS):
         passing = max((count for count, row in found.items() if not row["violations"]), default=0)
         failing = min((count for count in found if count > passing), default=passing)
         if failing - passing < 2:
             break
         middle = (passing + failing) // 2
-        found[middle] = _attempt(f"int8-{middle}", order[:middle], partial(_mixed, study, candidates, order[:middle]))
+        found[middle] = first(middle)
     exact = {**candidates.exact(), "units": []}
     rows = [exact, _attempt("fp16", (), candidates.half), *(found[count] for count in sorted(found))]
     return [row for row in rows if "bundle" in row], [row for row in rows if "bundle" not in row]
