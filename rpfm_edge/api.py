@@ -13,6 +13,8 @@ from rpfm_edge import doctor as _doctor
 from rpfm_edge.artifact import Artifact
 from rpfm_edge.baseline import FOLDER
 from rpfm_edge.bench import bench_backend
+from rpfm_edge.bench import stages as stages  # of this module, too
+from rpfm_edge.bench import sustained as sustained
 from rpfm_edge.bundle import add_evidence, read_evidence
 from rpfm_edge.bundle import build as _build
 from rpfm_edge.errors import BackendError, ConfigError

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-import runtimes
 from rpfm_edge import artifact, device_state, measure
 from rpfm_edge.artifact import Artifact, json_digest, tool_versions
 from rpfm_edge.errors import ArtifactError, ConfigError
 from rpfm_edge.jetson import read_text
+from rpfm_edge.pipeline import engine_versions
 
 FOLDER = Path(".rpfm-edge") / "baselines"
 BUNDLES = "bundles"
@@ -51,7 +51,7 @@ def fingerprint(bundle: Artifact, backend: str, root: Path = Path("/")) -> dict[
     """
     where, options = measure.where(), dict(bundle.config["backends"][backend])
     board = where.get("jetson") or {}
-    libraries = {**runtimes.load(backend).versions(), **tool_versions("numpy", "opencv-python-headless")}
+    libraries = {**engine_versions(bundle, backend), **tool_versions("numpy", "opencv-python-headless")}
     return {
         **{name: where.get(name) for name in ("cpu", "board", "usable_cores", "python")},
         "gpus": _gpus(root),

@@ -1,19 +1,26 @@
-"""Speed: prepare and frame of a bundle, end to end through the pipeline, raw times kept."""
+"""Speed of a bundle, with the packaged sample as input: prepare and frame end to end, raw times kept; where a frame's
+time goes; frames without a pause."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import runtimes
-from rpfm_edge import device_state, measure
+from rpfm_edge import artifact, assets, device_state, measure
 from rpfm_edge.artifact import Artifact
-from rpfm_edge.bundle import size_bytes
+from rpfm_edge.breakdown import breakdown
+from rpfm_edge.bundle import add_evidence, size_bytes
+from rpfm_edge.errors import BackendError
 from rpfm_edge.image import load_image
-from rpfm_edge.pipeline import Pipeline
+from rpfm_edge.pipeline import Pipeline, engine_versions
+from rpfm_edge.splits import open_splits
+from rpfm_edge.sustained import sustain, write
 from rpfm_edge.validate import plural
 
 
@@ -37,9 +44,53 @@ def bench_backend(
         "frame": frame.to_json(),
         "engine_bytes": size_bytes(bundle, backend),
         "peak_memory_bytes": measure.peak_memory_bytes(),
-        "machine": measure.where(runtimes.load(backend).versions()),
+        "machine": measure.where(engine_versions(bundle, backend)),
         "state": state,
     }
+
+
+def stages(bundle: str | Path, backend: str | None = None, rounds: int = 30) -> dict[str, Any]:
+    """Where a frame's time goes on each backend of a bundle (or one); kept as evidence ``stages``.
+
+    ``failures``: backend → why it cannot tell, such as torch, which has no layers of the graph. If none can, the last
+    error is raised.
+    """
+    loaded = artifact.load(assets.resolve(bundle), "bundle")
+    person, pose = _inputs(loaded)
+    results: list[dict[str, Any]] = []
+    failures: dict[str, str] = {}
+    for name in [backend] if backend else loaded.config["backends"]:
+        try:
+            found = breakdown(loaded, name, person, pose, rounds)
+        except BackendError as error:
+            failures[name], last = str(error), error
+            continue
+        results.append({**found, "stages": [asdict(stage) for stage in found["stages"]]})
+    if not results:
+        raise last
+    evidence = {"backends": results, "failures": failures}
+    if assets.resolve(bundle) == Path(bundle):  # what ships with the package is not written to
+        add_evidence(loaded, "stages", evidence)
+    return evidence
+
+
+def sustained(bundle: str | Path, minutes: float, out: str | Path, backend: str | None = None) -> dict[str, Any]:
+    """Frames without a pause for ``minutes``; ``sustained.json`` and its plot in ``out`` grow with every window."""
+    loaded = artifact.load(assets.resolve(bundle), "bundle")
+    name = backend or next(iter(loaded.config["backends"]))
+    person, pose = _inputs(loaded)
+    facts = {key: loaded.config[key] for key in ("precision", "steps")} | {"backend": name, "minutes": minutes}
+    with ExitStack() as stack:
+        pipe = stack.enter_context(Pipeline.open(loaded.path, name))
+        render = partial(pipe.render, pipe.prepare(person), pose)
+        facts["machine"] = measure.where(engine_versions(loaded, name))
+        return facts | sustain(render, minutes, keep=lambda result: write({**facts, **result}, Path(out)))
+
+
+def _inputs(bundle: Artifact) -> tuple[np.ndarray, np.ndarray]:
+    test, size = open_splits("sample").test, tuple(bundle.config["size"])
+    source, target = (int(index) for index in test.pairs[0])
+    return test.image(source, size), test.pose(target, size)
 
 
 def rows(evidence: Mapping[str, Any]) -> Iterator[list[str]]:

@@ -18,7 +18,7 @@ from rpfm_edge.artifact import Artifact
 from rpfm_edge.errors import ArtifactError
 from rpfm_edge.frontier import steady
 from rpfm_edge.metrics import import_extra
-from rpfm_edge.pipeline import Pipeline, require_engine
+from rpfm_edge.pipeline import Pipeline, engine_versions, require_engine
 from rpfm_edge.pose import check_pose, draw_skeleton
 from rpfm_edge.runtime import LayerTime
 
@@ -146,7 +146,7 @@ def breakdown(bundle: Artifact, backend: str, source: Any, pose: np.ndarray, rou
         "frame_s": frame_s,
         "stages": [StageTime(stage, seconds, seconds / frame_s) for stage, seconds in medians.items()],
         "state": device_state.around(before),
-        "machine": measure.where(require_engine(bundle, backend).versions()),
+        "machine": measure.where(engine_versions(bundle, backend)),
     }
 
 

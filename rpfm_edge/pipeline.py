@@ -42,6 +42,11 @@ def require_engine(bundle: Artifact, backend: str) -> Runtime:
     return runtime
 
 
+def engine_versions(bundle: Artifact, backend: str) -> dict[str, str]:
+    """The versions of the libraries that run the engine of ``backend`` with the options of ``bundle``."""
+    return require_engine(bundle, backend).versions(bundle.config["backends"][backend])
+
+
 class Pipeline:
     """An opened bundle. Use it as a context manager, or ``close`` it.
 

@@ -11,14 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import runtimes
 from rpfm_edge import artifact, baseline, gate, measure, rounds
 from rpfm_edge.artifact import Artifact
 from rpfm_edge.baseline import Baseline
 from rpfm_edge.errors import ConfigError, RpfmError
 from rpfm_edge.gate import Judgement
 from rpfm_edge.measure import Call, Latency
-from rpfm_edge.pipeline import Pipeline, require_engine
+from rpfm_edge.pipeline import Pipeline, engine_versions, require_engine
 from rpfm_edge.rounds import Chunk
 from rpfm_edge.splits import open_splits
 
@@ -208,7 +207,7 @@ def _each(
             judged(backend, record)
         except FAILURES as error:
             record |= {"verdict": "error", "reasons": [str(error)]}
-        record["machine"] = measure.where(_versions(backend))
+        record["machine"] = measure.where(_versions(bundle, backend))
         records.append(record)
         verdict = gate.worst(one["verdict"] for one in records)
         result |= {"verdict": verdict, "exit_code": gate.EXIT_CODES[verdict], "backends": records}
@@ -233,9 +232,9 @@ def _facts(found: Sequence[Chunk], names: Iterable[str]) -> Record:
     return {**times, "others": rounds.busy_share(found), "throttling": throttling}
 
 
-def _versions(backend: str) -> Mapping[str, str]:
+def _versions(bundle: Artifact, backend: str) -> Mapping[str, str]:
     try:
-        return runtimes.load(backend).versions()
+        return engine_versions(bundle, backend)
     except FAILURES:
         return {}
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from rpfm_edge.charts import bars_png
 from rpfm_edge.errors import ConfigError
+from rpfm_edge.report import format_number
 
 BEGIN, END = "<!-- peers:begin -->", "<!-- peers:end -->"
 COLUMNS = ("Loop", "Frames per second", "p50 (ms)", "p95 (ms)", "Without pose drawing, p50 (ms)", "Frame time, × ours")
@@ -65,8 +66,8 @@ def cells(result: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
             against = f"{times['p50_s'] / row['anchor_s']:.0f}"
         else:
             against = f"{ratio(rows, row['name'], FIRST):.2f}" if FIRST in rows else "–"
-        middle = (f"{times['fps']:.3g}", f"{1e3 * times['p50_s']:.3g}", f"{1e3 * times['p95_s']:.3g}")
-        yield (row["name"], *middle, f"{1e3 * bare['p50_s']:.3g}" if bare else "–", against)
+        middle = tuple(map(format_number, (times["fps"], 1e3 * times["p50_s"], 1e3 * times["p95_s"])))
+        yield (row["name"], *middle, format_number(1e3 * bare["p50_s"]) if bare else "–", against)
     for row in result["rows"]:
         if "reason" in row:
             yield (row["name"], *("–",) * (len(COLUMNS) - 1))

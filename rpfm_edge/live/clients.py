@@ -25,6 +25,7 @@ from rpfm_edge.live.session import Frame, now_ms
 REMEMBERED = 256  # frames of a client that may still be answered with "shown"
 TEXTS = 64  # that wait for a client; the oldest go first
 ERRORS_PER_S = 20
+OFFERS_PER_S = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +66,14 @@ class Client:
     def __init__(self, socket: Any, number: int, limits: Limits) -> None:
         self.socket, self.number, self.matte = socket, number, "none"
         self.frame: Frame | None = None
+        self.by_video = False  # a video track takes the frames
         self.texts: deque[dict[str, Any]] = deque(maxlen=TEXTS)
-        self.wake = asyncio.Event()
+        self.wake, self.arrived = asyncio.Event(), asyncio.Event()  # for the sender; for the video track
         self.last_id = -1
         self.sent = self.missed = self.refused = 0
         self.unanswered: OrderedDict[int, tuple[int, dict[str, float], float | None]] = OrderedDict()
         self.rate, self.errors = Bucket(limits.messages_per_s), Bucket(ERRORS_PER_S)
+        self.offers, self.connecting = Bucket(OFFERS_PER_S), asyncio.Lock()  # of video, one after the other
 
     def tell(self, message: Mapping[str, Any]) -> None:
         """Let the client know, in order, before any later frame."""
@@ -88,6 +91,15 @@ class Client:
         self.missed += self.frame is not None
         self.frame = frame
         self.wake.set()
+        self.arrived.set()
+
+    async def next_frame(self) -> Frame:
+        """Wait for the slot to be filled, and empty it."""
+        while (frame := self.frame) is None:
+            self.arrived.clear()
+            await self.arrived.wait()
+        self.frame = None
+        return frame
 
     def remember(self, frame: Frame, times_ms: dict[str, float]) -> None:
         """Keep the stamps of a frame until it is answered."""
@@ -149,9 +161,8 @@ class Sender:
             await client.wake.wait()
             client.wake.clear()
             await self._send_texts(client)
-            frame, client.frame = client.frame, None
-            if frame is not None:
-                await self._send_frame(client, frame)
+            if client.frame is not None and not client.by_video:
+                await self._send_frame(client, await client.next_frame())
 
     async def _send_texts(self, client: Client) -> None:
         while client.texts:
@@ -204,8 +215,10 @@ def _act(client: Client, message: dict[str, Any], now: float, latency: Latency, 
         client.tell({"type": "pong", "t_ms": messages.number_or_none(message, "t_ms"), "server_ms": now_ms()})
     elif kind == "options":
         service.options(client, message)
+    elif kind == "video":
+        service.video(client, offered(client, message.get("sdp")))
     elif kind != "hello":
-        known = '"pose", "shown", "ping" or "options"'
+        known = '"pose", "shown", "ping", "options" or "video"'
         raise InputError(f"a message has the type {kind!r:.30}", expected=known, fix="correct it")
 
 
@@ -227,6 +240,15 @@ def _shown(client: Client, message: Mapping[str, Any], latency: Latency) -> None
     if found is not None:
         received, offset = (messages.number_or_none(message, name) for name in ("received_ms", "offset_ms"))
         latency.shown(*found, shown, received, offset)
+
+
+def offered(client: Client, sdp: object) -> str | None:
+    """The offer of a message of type ``video``, None to end it; raises ``InputError`` if there are too many."""
+    if sdp is not None and not isinstance(sdp, str):
+        raise InputError(f"the sdp is {sdp!r:.30}", expected="an offer, or null", fix="send SDP as a string")
+    if sdp is not None and not client.offers.take(now_ms() / 1e3):
+        raise InputError("too many offers of video", expected="one a second", fix="keep the connection")
+    return sdp
 
 
 def set_matte(client: Client, matte: object) -> None:

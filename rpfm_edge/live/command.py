@@ -19,11 +19,12 @@ from rpfm_edge.errors import ConfigError
 from rpfm_edge.image import load_image
 from rpfm_edge.live.access import Access, address, check_certificate, choose_token, is_loopback, qr_code
 from rpfm_edge.live.clients import Limits
+from rpfm_edge.live.motion import read_motion
 from rpfm_edge.live.record import Recorder
 from rpfm_edge.live.server import Place, Running, serving
 from rpfm_edge.live.service import Service
 from rpfm_edge.live.session import Frame, Options
-from rpfm_edge.live.sources import check_fps, read_motion, replay, watch
+from rpfm_edge.live.sources import check_fps, replay, watch
 from rpfm_edge.live.telemetry import write_session
 from rpfm_edge.pipeline import Pipeline
 
@@ -36,8 +37,8 @@ def live(
     host: Annotated[str, typer.Option(help="Address to listen at; any but loopback needs a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8787,
     backend: Annotated[Optional[str], typer.Option(help="One of the bundle's backends; default: the first.")] = None,  # noqa: UP045
-    motion: Annotated[Optional[Path], typer.Option(help="Recorded poses: a clip, or a folder of JSON files.")] = None,  # noqa: UP045
-    fps: Annotated[float, typer.Option(help="Rate of --motion.")] = 30.0,
+    motion: Annotated[Optional[Path], typer.Option(help="Recorded poses: a clip, JSON files or a .pose file.")] = None,  # noqa: UP045
+    fps: Annotated[Optional[float], typer.Option(help="Rate of --motion; default: the file's, else 30.")] = None,  # noqa: UP045
     camera: Annotated[Optional[str], typer.Option(help="Number of a camera, or a video file.")] = None,  # noqa: UP045
     deadline_ms: Annotated[Optional[float], typer.Option(help="From pose to image; fewer steps when missed.")] = None,  # noqa: UP045
     smooth: Annotated[float, typer.Option(min=0, help="Cutoff of joint smoothing in Hz (1 to 3); 0: off.")] = 0.0,
@@ -47,6 +48,7 @@ def live(
     key: Annotated[Optional[Path], typer.Option(help="Its private key (PEM).")] = None,  # noqa: UP045
     origin: Annotated[list[str] | None, typer.Option(help="Of another site that may connect; several times.")] = None,
     clients: Annotated[int, typer.Option(min=1, max=256, help="At most so many at once.")] = 8,
+    webrtc: Annotated[bool, typer.Option(help="Let clients choose video by WebRTC (extra webrtc).")] = False,
     record: Annotated[Optional[Path], typer.Option(help="Video to write, such as live.mp4 (extra record).")] = None,  # noqa: UP045
     report: Annotated[Path, typer.Option(help="Folder of live.json and live.html at the end.")] = Path("runs/live"),
 ) -> None:
@@ -55,9 +57,9 @@ def live(
     place = Place(host, port, cert, key, Access(choose_token(host, token_file), tuple(origin or ())))
     options = Options(_positive(deadline_ms), still_px, smooth)
     with opened(bundle, backend) as pipelines:
-        feeds = feeds_of(motion, check_fps(fps), camera, pipelines[0].size)
+        feeds = feeds_of(motion, fps, camera, pipelines[0].size)
         with recording(record, pipelines[0].size) as tap:
-            service = Service(pipelines, load_image(source), options, Limits(clients=clients), feeds, tap)
+            service = Service(pipelines, load_image(source), options, Limits(clients=clients), feeds, tap, webrtc)
             with _signals() as stop, serving(service, place) as running:
                 _announce(place, running, token_file is not None)
                 _wait(running, stop)
@@ -95,12 +97,13 @@ def recording(path: Path | None, size: tuple[int, int]) -> Iterator[Callable[[Fr
 
 
 def feeds_of(
-    motion: Path | None, fps: float, camera: str | None, size: tuple[int, int]
+    motion: Path | None, fps: float | None, camera: str | None, size: tuple[int, int]
 ) -> dict[str, Iterator[tuple[float, np.ndarray]]]:
     """The sources of poses that are asked for, by name."""
     feeds: dict[str, Iterator[tuple[float, np.ndarray]]] = {}
     if motion is not None:
-        feeds["motion"] = replay(read_motion(motion, size), fps)
+        poses, own_fps = read_motion(motion, size)
+        feeds["motion"] = replay(poses, check_fps(own_fps if fps is None else fps))
     if camera is not None:
         feeds["camera"] = watch(camera, size)
     return feeds

@@ -51,7 +51,7 @@ def decode(text: str | bytes) -> dict[str, Any]:
     if message.get("v", VERSION) != VERSION:
         raise _bad(f"a message has version {message['v']!r:.20}", f'"v": {VERSION}', "update the client")
     if not isinstance(message.get("type"), str):
-        raise _bad("a message has no type", '"type": "pose", "shown", "ping" or "options"', "name its type")
+        raise _bad("a message has no type", '"type": "pose", "shown", "ping", "options" or "video"', "name its type")
     return message
 
 

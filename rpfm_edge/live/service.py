@@ -18,9 +18,11 @@ from rpfm_edge.live.latency import Latency, summary
 from rpfm_edge.live.messages import Pose
 from rpfm_edge.live.session import Frame, Options, Renderer
 from rpfm_edge.live.sources import Feed
+from rpfm_edge.metrics import import_extra
 from rpfm_edge.pipeline import Pipeline
 
 CLIENT, NOBODY = "client", "none"
+JPEG, WEBRTC = "jpeg", "webrtc"
 RECENT = 2048  # frames that the split in a state is taken over
 _OF_CLIENTS = ("sent", "missed", "refused")
 
@@ -33,6 +35,10 @@ class Service:
         limits: see ``Limits``.
         feeds: other sources of poses by name; the first gives poses at the start, else clients do.
         tap: takes each frame too, in the render thread; must return at once.
+        webrtc: let clients ask for a video track; needs the extra ``webrtc``.
+
+    Raises:
+        BackendError: ``webrtc`` without its library.
     """
 
     def __init__(
@@ -43,7 +49,11 @@ class Service:
         limits: Limits,
         feeds: Mapping[str, Iterator[tuple[float, np.ndarray]]],
         tap: Callable[[Frame], None] | None = None,
+        webrtc: bool = False,
     ) -> None:
+        self._rtc: Any = import_extra("rpfm_edge.live.rtc", WEBRTC) if webrtc else None
+        self._connections: dict[int, Any] = {}  # of WebRTC, by the number of the client
+        self._tasks: set[asyncio.Task[None]] = set()
         self.limits, self.latency, self._tap = limits, Latency(), tap
         self.clients: dict[int, Client] = {}
         self.renderer = Renderer(pipelines, source, self._deliver, self._failed, options)
@@ -62,11 +72,15 @@ class Service:
         for feed in self.feeds.values():
             feed.start()
         self.choose_source(self.source_of_poses)
-        while True:
-            await asyncio.sleep(1)
-            state = {"type": "state", **self.state()} if self.clients else {}
-            for client in self.clients.values():
-                client.tell(state)
+        try:
+            while True:
+                await asyncio.sleep(1)
+                state = {"type": "state", **self.state()} if self.clients else {}
+                for client in self.clients.values():
+                    client.tell(state)
+        finally:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await asyncio.gather(*(one.close() for one in self._connections.values()), return_exceptions=True)
 
     def close(self) -> None:
         """End the threads. From any thread, after ``run``."""
@@ -111,6 +125,8 @@ class Service:
     def leave(self, client: Client) -> None:
         """Forget a connection, but not its counts."""
         if self.clients.pop(client.number, None):
+            if self._rtc:
+                self.video(client, None)
             for name in _OF_CLIENTS:
                 self._left[name] += getattr(client, name)
 
@@ -132,6 +148,27 @@ class Service:
             self.renderer.fix_steps(message["steps"])
         if "source_of_poses" in message:
             self.choose_source(message["source_of_poses"])
+
+    def video(self, client: Client, offer: str | None) -> None:
+        """Answer a client's offer to receive frames as video, or end that; raises ``ConfigError``."""
+        if self._rtc is None:
+            raise ConfigError("no video is sent here", expected="JPEGs", fix="start the service with --webrtc")
+        task = asyncio.get_running_loop().create_task(self._connect(client, offer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _connect(self, client: Client, offer: str | None) -> None:
+        """Replace a client's connection by the one that it offers; at its end JPEGs take over."""
+        async with client.connecting:
+            if before := self._connections.pop(client.number, None):
+                await before.close()
+            client.by_video, sdp = False, None
+            if offer is not None and client.number in self.clients:
+                try:
+                    self._connections[client.number], sdp = await self._rtc.answer(client, offer, self.sender)
+                except InputError as error:
+                    client.refuse(str(error))
+            client.tell({"type": "video", "sdp": sdp})
 
     def choose_source(self, name: object) -> None:
         """Let one source give the poses, and no other; raises ``ConfigError``."""
@@ -181,6 +218,7 @@ class Service:
             "sources": [CLIENT, *self.feeds],
             "source_of_poses": self.source_of_poses,
             "source_errors": feeds,
+            "pictures": [JPEG, WEBRTC] if self._rtc else [JPEG],
             "clients": len(self.clients),
         }
 

@@ -7,47 +7,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count, cycle
-from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
 from rpfm_edge import keypoints
-from rpfm_edge.data import read_clip
 from rpfm_edge.errors import BackendError, ConfigError, InputError
 from rpfm_edge.live.messages import Pose
+from rpfm_edge.live.motion import CLIP_FPS
 from rpfm_edge.live.session import now_ms
-from rpfm_edge.pose import FRAME, check_pose, fit_pose, read_pose
+from rpfm_edge.pose import fit_pose
 
-CLIP_FPS = 30.0
 MAX_FAILURES = 30  # pictures in a row that a camera does not give, until it counts as gone
-
-
-def read_motion(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """The poses of a recorded motion, fitted to ``size``.
-
-    Args:
-        path: a clip of the data set (a folder with ``annotation.csv``, in pixels of 256 × 176), a folder of JSON
-            files in order of their names, one pose each (OpenPose writes such), or one JSON file.
-
-    Returns:
-        (n, 18, 2) float32; frames in which nobody is seen are left out.
-
-    Raises:
-        InputError: nothing there that can be read, or no pose in it.
-    """
-    if (path / "annotation.csv").is_file():
-        poses = list(fit_pose(read_clip(path)[1], FRAME, size))
-    else:
-        files = sorted(path.glob("*.json")) if path.is_dir() else [path]
-        poses = [read_pose(file, size) for file in files]
-    usable = [check_pose(pose, size) for pose in poses if np.isfinite(pose).any()]
-    if not usable:
-        raise InputError(
-            f"{path} has no pose", expected="a clip, a folder of pose files, or one", fix="check what is in it"
-        )
-    return np.stack(usable)
 
 
 def replay(poses: np.ndarray, fps: float) -> Iterator[tuple[float, np.ndarray]]:

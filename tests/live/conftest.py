@@ -57,10 +57,11 @@ def start(live_pipeline: Pipeline, sources: list[np.ndarray]) -> Iterator[Callab
             limits: Limits | None = None,
             options: Options | None = None,
             feeds: dict[str, Any] | None = None,
+            webrtc: bool = False,
             **place: Any,
         ) -> Started:
             options = options or Options(still_px=-1)
-            service = Service([live_pipeline], sources[0], options, limits or Limits(), feeds or {})
+            service = Service([live_pipeline], sources[0], options, limits or Limits(), feeds or {}, webrtc=webrtc)
             running = stack.enter_context(serving(service, Place(port=0, access=access or Access(None), **place)))
             return service, running.port
 

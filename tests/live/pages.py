@@ -30,6 +30,16 @@ WebSocket.prototype.send = function (text) {
   window.sent[message.type] = message;
   send.call(this, text);
 };
+window.received = {binary: 0, headers: 0};
+window.WebSocket = class extends WebSocket {
+  constructor(...given) {
+    super(...given);
+    this.addEventListener("message", ({data}) => {
+      if (typeof data !== "string") window.received.binary += 1;
+      else if (JSON.parse(data).type === "header") window.received.headers += 1;
+    });
+  }
+};
 """
 
 
@@ -41,9 +51,11 @@ def page_pipeline(tiny_graph: Artifact, tmp_path_factory: pytest.TempPathFactory
 
 
 @contextmanager
-def service(pipeline: Any, port: int = 0, access: Access | None = None, **feeds: Any) -> Iterator[str]:
+def service(
+    pipeline: Any, port: int = 0, access: Access | None = None, webrtc: bool = False, **feeds: Any
+) -> Iterator[str]:
     """The address of a live service of the first person, which draws every pose that it is given."""
-    found = Service([pipeline], load_image(FIRST), Options(still_px=-1), Limits(), feeds)
+    found = Service([pipeline], load_image(FIRST), Options(still_px=-1), Limits(), feeds, webrtc=webrtc)
     with serving(found, Place(port=port, access=access or Access(None))) as running:
         yield f"http://127.0.0.1:{running.port}/"
 

@@ -22,7 +22,7 @@ from rpfm_edge.live.server import STATIC
 from rpfm_edge.live.sources import replay
 from rpfm_edge.metrics import psnr_db
 from rpfm_edge.pipeline import Pipeline
-from rpfm_edge.pose import BONES, KEYPOINTS, check_pose
+from rpfm_edge.pose import BONES, KEYPOINTS, check_pose, draw_skeleton
 from tests.live.chrome import Page
 from tests.live.pages import FIRST, SECOND, service
 from tests.live.test_client import STAND
@@ -31,6 +31,7 @@ PIXELS = """(canvas) => {
   const {data, width, height} = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
   return {width, height, data: Array.from(data)};
 }"""
+HIDDEN = "delete window.MediaStreamTrackProcessor;"  # then a video element shows the track
 DECODED = """(async (bytes) => {
   const bitmap = await createImageBitmap(new Blob([bytes], {type: 'image/jpeg'}));
   const canvas = Object.assign(document.createElement('canvas'), {width: bitmap.width, height: bitmap.height});
@@ -219,6 +220,74 @@ def test_the_servers_motion(page: Page, page_pipeline: Pipeline) -> None:
         last = page.run("sent.pose.id")
         page.run("new Promise((done) => setTimeout(done, 300))")
         assert page.run("sent.pose.id") == last
+
+
+@pytest.mark.browser
+def test_a_pose_by_hand_moves_with_the_size_of_the_pictures(page: Page, page_pipeline: Pipeline) -> None:
+    with service(page_pipeline) as address:
+        page.open(address)
+        choose(page, "hand")
+        settled(page)
+        held = sent_pose(page)
+    with service(Larger(page_pipeline), port=int(address.rsplit(":", 1)[1].strip("/"))):
+        page.until("sent.pose.size[0] === 128")
+        page.until("sent.shown?.frame > 0 && document.getElementById('status').textContent === 'Connected'")
+        np.testing.assert_allclose(sent_pose(page), 2 * held, atol=0.2)
+
+
+class Larger:
+    """A pipeline with pictures of twice the size."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline, self.size = pipeline, (2 * pipeline.size[0], 2 * pipeline.size[1])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.pipeline, name)
+
+    def prepare(self, _: np.ndarray) -> None:
+        return None
+
+    def render_skeleton(self, _: Any, skeleton: np.ndarray) -> np.ndarray:
+        return skeleton
+
+
+class Mirror(Larger):
+    """A pipeline that shows the pose that it is given: what the tiny bundle draws is noise, which no video carries."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        super().__init__(pipeline)
+        self.size = pipeline.size
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("processor", [True, False])
+def test_pictures_as_video(page: Page, page_pipeline: Pipeline, processor: bool) -> None:
+    pytest.importorskip("aiortc", reason="needs aiortc: pip install 'rpfm-edge[webrtc]'")
+    hide = page.call("Page.addScriptToEvaluateOnNewDocument", source="" if processor else HIDDEN)
+    try:
+        with service(Mirror(page_pipeline), webrtc=True) as address:
+            page.open(address)
+            choose(page, "hand")
+            settled(page)
+            stood = sent_pose(page)
+            page.run("document.querySelector('[name=transport][value=webrtc]').click()")
+            page.until("received.headers > 60")
+            page.run("window.received.binary = 0")
+            shown = settled(page)
+            assert page.run("received.binary") == 0
+            wrist = stood[4] + [12, 10 if stood[4, 1] < 32 else -10]
+            page.drag(middle(page, stood[4]), middle(page, wrist))
+            page.until(f"sent.pose.keypoints[4][0] > {stood[4, 0]} + 6")
+            moved, raised = settled(page), sent_pose(page)
+            right = [draw_skeleton(pose, page_pipeline.size) for pose in (stood, raised)]
+            assert shown.shape == moved.shape == right[0].shape
+            for image, own, other in ((shown, *right), (moved, *reversed(right))):
+                assert psnr_db(image, own) > psnr_db(image, other) + 3
+            assert page.run("sent.shown.received_ms <= sent.shown.t_ms")
+            page.run("document.querySelector('[name=transport][value=jpeg]').click()")
+            page.until("received.binary > 5")
+    finally:
+        page.call("Page.removeScriptToEvaluateOnNewDocument", identifier=hide["identifier"])
 
 
 @pytest.mark.browser

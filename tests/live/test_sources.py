@@ -14,33 +14,9 @@ from rpfm_edge import keypoints
 from rpfm_edge.errors import BackendError, ConfigError, InputError
 from rpfm_edge.live import sources
 from rpfm_edge.live.messages import Pose
-from rpfm_edge.live.sources import Feed, check_fps, read_motion, replay, watch
-from rpfm_edge.pose import fit_pose, write_pose
+from rpfm_edge.live.sources import Feed, check_fps, replay, watch
 
 SIZE = (64, 48)
-
-
-def test_a_folder_of_poses_is_read_in_order_of_names(tmp_path: Path, poses: np.ndarray) -> None:
-    for name, pose in zip(("b", "a", "c"), poses, strict=False):
-        write_pose(tmp_path / f"{name}.json", pose, SIZE)
-    np.testing.assert_array_equal(read_motion(tmp_path, SIZE), poses[[1, 0, 2]])
-    np.testing.assert_array_equal(read_motion(tmp_path / "c.json", SIZE), poses[2:3])
-
-
-def test_a_clip_is_fitted_and_frames_without_a_person_are_left_out(tmp_path: Path) -> None:
-    ys, xs = list(range(10, 28)), list(range(50, 68))
-    rows = ["name:keypoints_y:keypoints_x", f"000.jpg:{ys}:{xs}", f"001.jpg:{[-1] * 18}:{[-1] * 18}"]
-    (tmp_path / "annotation.csv").write_text("\n".join(rows))
-    found = read_motion(tmp_path, SIZE)
-    expected = fit_pose(np.stack([xs, ys], 1).astype(np.float32), (256, 176), SIZE)
-    np.testing.assert_allclose(found, expected[None], atol=1e-4)
-
-
-def test_a_motion_without_a_pose_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="has no pose"):
-        read_motion(tmp_path, SIZE)
-    with pytest.raises(InputError, match="cannot be read"):
-        read_motion(tmp_path / "none.json", SIZE)
 
 
 def test_a_replay_keeps_its_rate_and_starts_again(poses: np.ndarray) -> None:

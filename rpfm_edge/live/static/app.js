@@ -2,6 +2,7 @@
 
 import { Link, now } from "./link.js";
 import { animated, draw, moved, NAMES, nearest } from "./pose.js";
+import { hasVideo, Video } from "./rtc.js";
 import { enterAr, whyNoAr } from "./xr.js";
 
 const FRAMES_KEPT = 240; // of which latency and frames per second are told
@@ -21,7 +22,9 @@ const page = {
 };
 const link = new Link({
   open: opened, hello: learned, state: learned, person: learned, error: ({ message }) => say(message), frame: arrived,
+  header: (header) => video.told(header), video: ({ sdp }) => video.answered(sdp).catch(noVideo),
 });
+const video = new Video((message) => link.send(message), (frame) => arrived({ ...frame, sent: link.sentAt(frame.header) }));
 
 // What the server says
 
@@ -32,8 +35,12 @@ function opened(open, why) {
 
 function learned(message) {
   Object.assign(page.facts, message);
-  if (message.size && String(message.size) !== String(page.size)) page.size = message.size;
-  if (message.type === "hello") fit();
+  if (message.size && String(message.size) !== String(page.size)) resize(message.size);
+  if (message.type === "hello") {
+    fit();
+    $("transport").hidden = !(hasVideo && message.pictures?.includes("webrtc"));
+    carry(); // a new connection begins with JPEGs
+  }
   page.sources = message.sources ?? page.sources;
   for (const label of document.querySelectorAll("[data-source]")) {
     label.hidden = !page.sources.includes(label.dataset.source);
@@ -43,6 +50,13 @@ function learned(message) {
   if (message.source_of_poses) follow(message.source_of_poses, message.clients ?? 1);
   else if (!page.mode) show("animated");
   describe();
+}
+
+/** Poses are pixels of the picture: one that is held by hand moves with its size. */
+function resize([height, width]) {
+  const scale = [width / page.size[1], height / page.size[0]];
+  page.hand = page.hand?.map((point) => point && point.map((value, i) => value * scale[i])) ?? null;
+  page.size = [height, width];
 }
 
 /** Go along with the source of poses that the whole service has. */
@@ -67,6 +81,21 @@ function offerSteps(available) {
     choices.append(label);
   }
   $("steps").hidden = false;
+}
+
+/** Receive frames as the page says: as JPEGs, or as a video track. */
+function carry() {
+  const before = video.connection;
+  video.close();
+  const webrtc = !$("transport").hidden && document.querySelector("[name=transport]:checked").value === "webrtc";
+  if (webrtc) video.open().catch(noVideo);
+  else if (before) link.send({ type: "video", sdp: null });
+}
+
+function noVideo(error) {
+  say(`Video did not start: ${error.message}`);
+  document.querySelector("[name=transport][value=jpeg]").checked = true;
+  carry();
 }
 
 /** Say once what went wrong with a source of poses. */
@@ -348,6 +377,7 @@ new ResizeObserver(fit).observe($("pose"));
 for (const input of document.querySelectorAll("[name=mode]")) {
   input.addEventListener("change", () => choose(input.value));
 }
+for (const input of document.querySelectorAll("[name=transport]")) input.addEventListener("change", carry);
 $("file").addEventListener("change", async () => {
   await upload($("file").files[0]);
   $("file").value = ""; // so that the same photo can be chosen again

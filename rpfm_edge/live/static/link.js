@@ -69,12 +69,16 @@ export class Link {
     const received = now();
     const length = new DataView(buffer).getUint32(0);
     const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));
-    const own = !header.pose; // frames of others' poses carry them
-    if (own) this.answered = Math.max(this.answered, header.id);
     if (this.waiting) this.skipped += 1;
-    const sent = own ? this.sent.get(header.id) : undefined;
-    this.waiting = { header, received, sent, jpeg: new Uint8Array(buffer, 4 + length) };
+    this.waiting = { header, received, sent: this.sentAt(header), jpeg: new Uint8Array(buffer, 4 + length) };
     this.decode();
+  }
+
+  /** When the pose of a frame was sent, if it is our own: frames of others' poses carry them. */
+  sentAt(header) {
+    if (header.pose) return undefined;
+    this.answered = Math.max(this.answered, header.id);
+    return this.sent.get(header.id);
   }
 
   async decode() {
