@@ -56,6 +56,10 @@ _FORMATS = (
 )
 
 
+class NobodyError(InputError):
+    """A pose of a picture in which nobody was found."""
+
+
 def draw_skeleton(keypoints: ArrayLike, size: tuple[int, int] = FRAME) -> np.ndarray:
     """Draw a pose on black, in X-MDPT's proportions: bones as ellipses of half width 4, joints as discs of radius 4.
 
@@ -225,7 +229,8 @@ def read_pose(path: str | Path, size: tuple[int, int] = FRAME) -> np.ndarray:
         (18, 2) float32, pixels x, y of ``size``, nan where missing.
 
     Raises:
-        InputError: no such file, no JSON, an unknown format, a wrong number of points, nobody in the picture.
+        InputError: no such file, no JSON, an unknown format, a wrong number of points.
+        NobodyError: nobody is in the picture.
     """
     path = Path(path)
     try:
@@ -241,9 +246,9 @@ def read_pose(path: str | Path, size: tuple[int, int] = FRAME) -> np.ndarray:
         canvas = _canvas(person)
         points = _shaped(_parse(person, canvas or size), "the pose")
     except InputError as error:
-        raise InputError(f"{path}: {error.problem}", expected=error.expected, fix=error.fix) from None
+        raise type(error)(f"{path}: {error.problem}", expected=error.expected, fix=error.fix) from None
     if np.isnan(points).all():
-        raise InputError(f"{path} has nobody in the picture", expected="a person", fix="detect the pose again")
+        raise NobodyError(f"{path} has nobody in the picture", expected="a person", fix="detect the pose again")
     return fit_pose(points, canvas, size) if canvas else points
 
 
@@ -281,7 +286,7 @@ def _parse(data: Any, size: tuple[int, int]) -> np.ndarray:
                 return _parse(data[name], size)
     if isinstance(data, list):
         if not data:
-            raise InputError("nobody is in the picture", expected="a person", fix="detect the pose again")
+            raise NobodyError("nobody is in the picture", expected="a person", fix="detect the pose again")
         if isinstance(data[0], list) and data[0] and isinstance(data[0][0], dict):
             return _parse(data[0], size)
         if isinstance(data[0], dict) and {"x", "y"} <= data[0].keys():
@@ -295,7 +300,7 @@ def _parse_openpose(people: Any, size: tuple[int, int]) -> np.ndarray:
     person = people[0] if isinstance(people, list) and people else {}
     points = person.get("pose_keypoints_2d") if isinstance(person, dict) else None
     if not points:
-        raise InputError("nobody is in the picture", expected="a person", fix="detect the pose again")
+        raise NobodyError("nobody is in the picture", expected="a person", fix="detect the pose again")
     keypoints = from_openpose(points)
     # Some writers of ControlNet give shares of the canvas.
     return scale_pose(keypoints, (1, 1), size) if np.nanmax(np.abs(keypoints), initial=0) <= 1 else keypoints

@@ -118,11 +118,20 @@ class Client:
         return None if found is None else found[1:]
 
 
+def picture(frame: Frame, matte: str) -> np.ndarray:
+    """The picture of a frame, (H, W, 3) uint8 RGB; with the matte ``stacked`` (2 H, W, 3), its alpha below."""
+    if matte == "none":
+        return frame.image
+    if matte not in frame.pictures:
+        frame.pictures[matte] = stacked(frame.image)
+    return frame.pictures[matte]
+
+
 def encode(frame: Frame, matte: str, quality: int) -> bytes:
     """The JPEG of a frame, made once for all clients who want it so; stamps the frame when it is first encoded."""
     if matte not in frame.jpegs:
-        image = stacked(frame.image) if matte == "stacked" else frame.image
-        good, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+        image = cv2.cvtColor(picture(frame, matte), cv2.COLOR_RGB2BGR)
+        good, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])
         assert good
         frame.jpegs[matte] = data.tobytes()
     return frame.jpegs[matte]
@@ -149,11 +158,11 @@ class Sender:
 
     def __init__(self, limits: Limits, latency: Latency) -> None:
         self.limits, self.latency, self.person = limits, latency, 1
-        self._encoder = ThreadPoolExecutor(1, "encode")
+        self.encoder = ThreadPoolExecutor(1, "encode")
 
     def close(self) -> None:
         """Free the thread."""
-        self._encoder.shutdown()
+        self.encoder.shutdown()
 
     async def run(self, client: Client) -> None:
         """Send until the connection ends; ``TimeoutError`` if the client takes nothing for ``limits.send_s``."""
@@ -170,7 +179,7 @@ class Sender:
 
     async def _send_frame(self, client: Client, frame: Frame) -> None:
         loop, matte = asyncio.get_running_loop(), client.matte
-        jpeg = await loop.run_in_executor(self._encoder, encode, frame, matte, self.limits.quality)
+        jpeg = await loop.run_in_executor(self.encoder, encode, frame, matte, self.limits.quality)
         if frame.person < self.person or matte != client.matte:  # of someone who left while it was encoded
             client.missed += 1
             return
@@ -187,11 +196,12 @@ class Sender:
         await asyncio.wait_for(sending, self.limits.send_s)
 
 
-def heard(client: Client, text: str | bytes, latency: Latency, service: Any) -> None:
+def heard(client: Client, text: str | bytes, latency: Latency, service: Any, ordered: bool = True) -> None:
     """Act on one message of a client; what is wrong with it is answered, and nothing else happens.
 
     Args:
-        service: takes poses and options, and knows ``size``: ``rpfm_edge.live.server.Service``.
+        service: takes poses and options, and knows ``size``: ``rpfm_edge.live.service.Service``.
+        ordered: False where messages may overtake each other: a pose that comes too late is no fault then.
     """
     now, number = now_ms(), None
     if not client.rate.take(now / 1e3):
@@ -200,15 +210,19 @@ def heard(client: Client, text: str | bytes, latency: Latency, service: Any) -> 
     try:
         message = messages.decode(text)
         number = message.get("id") if isinstance(message.get("id"), int) else None
-        _act(client, message, now, latency, service)
+        _act(client, message, now, latency, service, ordered)
     except RpfmError as error:
         client.refuse(str(error), number)
 
 
-def _act(client: Client, message: dict[str, Any], now: float, latency: Latency, service: Any) -> None:
+def _act(client: Client, message: dict[str, Any], now: float, latency: Latency, service: Any, ordered: bool) -> None:
     kind = message["type"]
     if kind == "pose":
-        service.pose(client, in_order(client, messages.read_pose(message, service.size, now, client.number)))
+        pose = messages.read_pose(message, service.size, now, client.number)
+        if not ordered and pose.id <= client.last_id:
+            client.refused += 1
+            return
+        service.pose(client, in_order(client, pose))
     elif kind == "shown":
         _shown(client, message, latency)
     elif kind == "ping":
@@ -216,7 +230,7 @@ def _act(client: Client, message: dict[str, Any], now: float, latency: Latency, 
     elif kind == "options":
         service.options(client, message)
     elif kind == "video":
-        service.video(client, offered(client, message.get("sdp")))
+        service.video(client, message)
     elif kind != "hello":
         known = '"pose", "shown", "ping", "options" or "video"'
         raise InputError(f"a message has the type {kind!r:.30}", expected=known, fix="correct it")
@@ -240,15 +254,6 @@ def _shown(client: Client, message: Mapping[str, Any], latency: Latency) -> None
     if found is not None:
         received, offset = (messages.number_or_none(message, name) for name in ("received_ms", "offset_ms"))
         latency.shown(*found, shown, received, offset)
-
-
-def offered(client: Client, sdp: object) -> str | None:
-    """The offer of a message of type ``video``, None to end it; raises ``InputError`` if there are too many."""
-    if sdp is not None and not isinstance(sdp, str):
-        raise InputError(f"the sdp is {sdp!r:.30}", expected="an offer, or null", fix="send SDP as a string")
-    if sdp is not None and not client.offers.take(now_ms() / 1e3):
-        raise InputError("too many offers of video", expected="one a second", fix="keep the connection")
-    return sdp
 
 
 def set_matte(client: Client, matte: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import numpy as np
 from rpfm_edge.data import read_clip
 from rpfm_edge.errors import InputError
 from rpfm_edge.metrics import import_extra
-from rpfm_edge.pose import FRAME, check_pose, fit_pose, from_coco, from_mediapipe, from_openpose, read_pose
+from rpfm_edge.pose import FRAME, NobodyError, check_pose, fit_pose, from_coco, from_mediapipe, from_openpose, read_pose
 
 CLIP_FPS = 30.0
+Reader = Callable[[np.ndarray, tuple[int, int]], np.ndarray]
 
 
 def read_motion(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, float]:
@@ -36,9 +38,10 @@ def read_motion(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, float]:
         poses, fps = _read_pose_format(path, size)
     elif (path / "annotation.csv").is_file():
         poses = list(fit_pose(read_clip(path)[1], FRAME, size))
+    elif path.is_dir():
+        poses = _read_folder(path, size)
     else:
-        files = sorted(path.glob("*.json")) if path.is_dir() else [path]
-        poses = [read_pose(file, size) for file in files]
+        poses = [read_pose(path, size)]
     usable = [check_pose(pose, size) for pose in poses if np.isfinite(pose).any()]
     if not usable:
         raise InputError(
@@ -47,10 +50,19 @@ def read_motion(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, float]:
     return np.stack(usable), fps
 
 
+def _read_folder(path: Path, size: tuple[int, int]) -> list[np.ndarray]:
+    poses = []
+    for file in sorted(path.glob("*.json")):
+        with suppress(NobodyError):  # OpenPose writes such files
+            poses.append(read_pose(file, size))
+    return poses
+
+
 # Bodies by the name of their component: how many of its points are read, and (n, 3) x, y, score and the size → (18, 2).
-_COMPONENTS: dict[str, tuple[int, Callable[[np.ndarray, tuple[int, int]], np.ndarray]]] = {
+_BODIES: dict[str, tuple[int, Reader]] = {
     "pose_keypoints_2d": (25, lambda triples, _: from_openpose(triples)),  # OpenPose's BODY-25
     "BODY_135": (17, lambda triples, _: from_coco(triples)),  # OpenPose, AlphaPose and MMPose begin with COCO's 17
+    "BODY_133": (17, lambda triples, _: from_coco(triples)),
     "BODY_136": (17, lambda triples, _: from_coco(triples)),
     "BODY": (17, lambda triples, _: from_coco(triples)),
     "POSE_LANDMARKS": (33, lambda triples, size: from_mediapipe(triples / [size[1], size[0], 1], size)),
@@ -62,37 +74,36 @@ def _read_pose_format(path: Path, size: tuple[int, int]) -> tuple[list[np.ndarra
     library = import_extra("pose_format", "motion")
     try:
         found = library.Pose.read(path.read_bytes())
-        frame = (found.header.dimensions.height, found.header.dimensions.width)
-        name, start = _component(found.header.components)
-        count, convert = _COMPONENTS[name]
+        frame, fps = (found.header.dimensions.height, found.header.dimensions.width), float(found.body.fps)
+        start, count, convert = _body(found.header.components)
         points = np.ma.getdata(found.body.data)[:, 0, start : start + count, :2].astype(np.float64)
         scores = np.asarray(found.body.confidence)[:, 0, start : start + count, None].astype(np.float64)
-    except InputError:
-        raise
     except OSError as error:
         raise InputError(
             f"{path} cannot be read ({error.strerror})", expected="a .pose file", fix="check the path"
         ) from None
     except Exception as error:  # the library tells a damaged file in many ways
         raise InputError(
-            f"{path} is no .pose file ({type(error).__name__}: {error!s:.60})",
-            expected="one that pose-format wrote",
-            fix="export it again",
+            f"{path} is no .pose file of a body ({type(error).__name__}: {error!s:.200})",
+            expected=f"one that pose-format wrote, with one of {list(_BODIES)} whole",
+            fix="record the whole body, or export it again",
         ) from None
+    if not (min(frame) > 0 and 0 < fps < 1000):
+        raise InputError(
+            f"{path} says {frame[1]} × {frame[0]} pixels at {fps:g} frames per second",
+            expected="a size, and a rate above 0 and below 1000",
+            fix="export it again",
+        )
     inside = ((points >= 0) & (points <= [frame[1], frame[0]])).all(axis=2, keepdims=True)
     triples = np.concatenate([np.where(inside, points, 0), np.where(inside, scores, 0)], axis=2)
-    return [fit_pose(convert(pose, frame), frame, size) for pose in triples], float(found.body.fps)
+    return [fit_pose(convert(pose, frame), frame, size) for pose in triples], fps
 
 
-def _component(components: list[Any]) -> tuple[str, int]:
-    """The name of the first component that is a body, and where its points start."""
+def _body(components: list[Any]) -> tuple[int, int, Reader]:
+    """Where the points of the first component that is a whole body start, how many are read, and what reads them."""
     start = 0
     for component in components:
-        if component.name in _COMPONENTS:
-            return str(component.name), start
+        if component.name in _BODIES and len(component.points) >= _BODIES[component.name][0]:
+            return start, *_BODIES[component.name]
         start += len(component.points)
-    raise InputError(
-        f"its components are {[component.name for component in components]}",
-        expected=f"one of {list(_COMPONENTS)}",
-        fix="record the whole body",
-    )
+    raise ValueError(f"it has {[f'{one.name} of {len(one.points)} points' for one in components]}")

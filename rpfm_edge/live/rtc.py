@@ -1,25 +1,31 @@
-"""Frames as a WebRTC video track, by aiortc (extra ``webrtc``): for networks that lose packets, and large pictures.
+"""Frames as a WebRTC video track, by aiortc (extra ``webrtc``), for networks that lose packets.
 
 RTP has no room for the number of a frame, so it is drawn below the picture: a strip of 16 cells, which any codec
-keeps. The header follows as a text message when the frame has left, and a client shows no frame without its header.
+keeps. The header follows over a data channel when the frame has left, and a client shows no frame without its header.
+Poses may come over that channel too. Nothing on it is sent twice, so nothing waits for what was lost.
 """
 
 from __future__ import annotations
 
+import asyncio
+import json
 from fractions import Fraction
 from typing import Any
 
 import aiortc
 import av
 import numpy as np
+from aiortc.mediastreams import MediaStreamError
 
 from rpfm_edge.errors import InputError
-from rpfm_edge.live.clients import Client, Sender, header
-from rpfm_edge.live.matte import stacked
+from rpfm_edge.live.clients import Client, header, heard, picture
 from rpfm_edge.live.session import Frame, now_ms
 
 STRIP_ROWS, STRIP_BITS = 16, 16
-CODECS = ("video/H264", "video/VP8")  # in the order that they are preferred in
+# What is preferred, and which encoder of PyAV it needs; lost packets of both may be sent again (rtx).
+CODECS = {"video/H264": "libx264", "video/VP8": "libvpx"}
+CANDIDATES = 32  # of an offer: each address of it is sent something
+CONGESTED = 16_384  # bytes of headers that wait: then there are none for new pictures
 _MILLISECONDS = Fraction(1, 1000)
 _BITS = 2 ** np.arange(STRIP_BITS)[::-1]
 
@@ -43,70 +49,100 @@ class FrameTrack(aiortc.MediaStreamTrack):
 
     kind = "video"
 
-    def __init__(self, client: Client, sender: Sender) -> None:
+    def __init__(self, client: Client, service: Any) -> None:
         super().__init__()
-        self._client, self._sender, self._last = client, sender, -1
+        self._client, self._service, self._last = client, service, -1
+        self._channel: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._leaving: tuple[Frame, str] | None = None
+
+    def open(self, channel: Any) -> None:
+        """Take the data channel of the client: headers leave by it, poses and what was shown may come."""
+        if self._channel.done():
+            channel.close()
+            return
+        self._channel.set_result(channel)
+        channel.on("message", lambda data: heard(self._client, data, self._service.latency, self._service, False))
 
     async def recv(self) -> Any:
         """The next frame; aiortc asks for it when the one before is encoded and handed to the network."""
-        self._left()
+        channel = await self._channel
+        self._left(channel)
         self._client.by_video = True
-        frame = await self._client.next_frame()
-        self._leaving = frame, self._client.matte
-        image = stacked(frame.image) if self._client.matte == "stacked" else frame.image
-        picture = av.VideoFrame.from_ndarray(numbered(image, frame.number), format="rgb24")
+        frame, matte = await self._client.next_frame(), self._client.matte
+        self._leaving = frame, matte
+        encoder = self._service.sender.encoder
+        made = await asyncio.get_running_loop().run_in_executor(encoder, _made, frame, matte)
         self._last = max(self._last + 1, round(frame.times_ms["rendered"]))  # times must rise
-        picture.pts, picture.time_base = self._last, _MILLISECONDS
-        return picture
+        made.pts, made.time_base = self._last, _MILLISECONDS
+        return made
 
-    def _left(self) -> None:
+    def stop(self) -> None:
+        """aiortc calls it however the track ends: JPEGs take over."""
+        super().stop()
+        self._client.by_video = False
+        self._client.wake.set()
+
+    def _left(self, channel: Any) -> None:
         """Send the header of the frame that has left, unless it shows someone who was exchanged meanwhile."""
+        if channel.readyState != "open":
+            raise MediaStreamError
         if self._leaving is None:
             return
         (frame, matte), self._leaving, client, now = self._leaving, None, self._client, now_ms()
-        if frame.person < self._sender.person or matte != client.matte:
+        outdated = frame.person < self._service.sender.person or matte != client.matte
+        if outdated or channel.bufferedAmount > CONGESTED:
             client.missed += 1
             return
         times = {**frame.times_ms, "encoded": now, "sent": now}
-        client.tell({"type": "header", **header(frame, client, times)})
+        channel.send(json.dumps(header(frame, client, times), allow_nan=False))
         client.remember(frame, times)
         client.sent += 1
-        self._sender.latency.sent(times, now)
+        self._service.latency.sent(times, now)
 
 
-async def answer(client: Client, offer: str, sender: Sender) -> tuple[Any, str]:
-    """Connect to a client that offers to receive video.
+def _made(frame: Frame, matte: str) -> Any:
+    return av.VideoFrame.from_ndarray(numbered(picture(frame, matte), frame.number), format="rgb24")
+
+
+async def answer(client: Client, offer: str, service: Any) -> tuple[Any, str]:
+    """Connect to a client that offers to receive one video and to open one data channel.
 
     Args:
         offer: SDP with all candidates. Only addresses of this machine are offered in return: no STUN, no TURN.
+        service: takes poses, knows ``latency`` and ``sender``: ``rpfm_edge.live.service.Service``.
 
     Returns:
-        The connection, to be closed with ``close``, and the SDP of the answer. Frames leave as JPEGs until the
-        connection stands, and again when it has broken.
+        The connection, to be closed with ``close``, and the SDP of the answer. Frames leave as JPEGs until it stands,
+        and again when it has broken, which takes half a minute to be noticed.
 
     Raises:
-        InputError: no SDP, or no video in it.
+        InputError: no SDP, too many candidates, or anything else in it than one video and one data channel.
     """
     connection = aiortc.RTCPeerConnection(aiortc.RTCConfiguration(iceServers=[]))
-
-    @connection.on("connectionstatechange")
-    def changed() -> None:
-        if connection.connectionState in ("failed", "closed"):
-            client.by_video = False
-
+    track = FrameTrack(client, service)
+    connection.on("datachannel", track.open)
+    video = connection.addTransceiver(track, direction="sendonly")  # never to decode what a client may send
+    video.setCodecPreferences(_codecs())
     try:
+        if offer.count("a=candidate:") > CANDIDATES:
+            raise ValueError(f"it has more than {CANDIDATES} candidates")
         await connection.setRemoteDescription(aiortc.RTCSessionDescription(offer, "offer"))
-        video = next(one for one in connection.getTransceivers() if one.kind == "video")
-        capabilities = aiortc.RTCRtpSender.getCapabilities("video").codecs
-        video.setCodecPreferences([one for name in CODECS for one in capabilities if one.mimeType == name])
-        connection.addTrack(FrameTrack(client, sender))
+        if connection.getTransceivers() != [video] or video.mid is None or connection.sctp is None:
+            raise ValueError("it is not one video and one data channel")
         await connection.setLocalDescription(await connection.createAnswer())
+        if video.currentDirection != "sendonly":
+            raise ValueError("it does not receive video")
     except Exception as error:  # whatever an offer may hold
         await connection.close()
         raise InputError(
             f"the offer cannot be answered ({type(error).__name__}: {error!s:.80})",
-            expected="SDP that receives one video, H.264 or VP8",
-            fix="send what RTCPeerConnection.createOffer gives",
+            expected="SDP that receives one video, H.264 or VP8, and opens one data channel",
+            fix="send what RTCPeerConnection.createOffer gives, with all candidates",
         ) from None
     return connection, connection.localDescription.sdp
+
+
+def _codecs() -> list[Any]:
+    known = aiortc.RTCRtpSender.getCapabilities("video").codecs
+    names = [name for name, encoder in CODECS.items() if encoder in av.codecs_available]
+    return [one for name in (*names, "video/rtx") for one in known if one.mimeType == name]

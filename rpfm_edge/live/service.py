@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
@@ -23,6 +23,7 @@ from rpfm_edge.pipeline import Pipeline
 
 CLIENT, NOBODY = "client", "none"
 JPEG, WEBRTC = "jpeg", "webrtc"
+CONNECT_S = 20.0
 RECENT = 2048  # frames that the split in a state is taken over
 _OF_CLIENTS = ("sent", "missed", "refused")
 
@@ -126,7 +127,7 @@ class Service:
         """Forget a connection, but not its counts."""
         if self.clients.pop(client.number, None):
             if self._rtc:
-                self.video(client, None)
+                self.video(client, {})
             for name in _OF_CLIENTS:
                 self._left[name] += getattr(client, name)
 
@@ -149,26 +150,52 @@ class Service:
         if "source_of_poses" in message:
             self.choose_source(message["source_of_poses"])
 
-    def video(self, client: Client, offer: str | None) -> None:
+    def video(self, client: Client, message: Mapping[str, Any]) -> None:
         """Answer a client's offer to receive frames as video, or end that; raises ``ConfigError``."""
         if self._rtc is None:
             raise ConfigError("no video is sent here", expected="JPEGs", fix="start the service with --webrtc")
-        task = asyncio.get_running_loop().create_task(self._connect(client, offer))
+        self._spawn(self._connect(client, message))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _connect(self, client: Client, offer: str | None) -> None:
-        """Replace a client's connection by the one that it offers; at its end JPEGs take over."""
+    async def _connect(self, client: Client, message: Mapping[str, Any]) -> None:
+        """Replace a client's connection by the one that it offers, or by none; an offer that fails changes nothing."""
+        offer, number, sdp = message.get("sdp"), message.get("id"), None
         async with client.connecting:
-            if before := self._connections.pop(client.number, None):
-                await before.close()
-            client.by_video, sdp = False, None
-            if offer is not None and client.number in self.clients:
-                try:
-                    self._connections[client.number], sdp = await self._rtc.answer(client, offer, self.sender)
-                except InputError as error:
-                    client.refuse(str(error))
-            client.tell({"type": "video", "sdp": sdp})
+            try:
+                connection = None
+                if offer is not None and client.number in self.clients:
+                    connection, sdp = await self._rtc.answer(client, self._checked(client, offer), self)
+            except InputError as error:
+                client.refuse(str(error))
+            else:
+                await self._hang_up(client)
+                if connection is not None:
+                    self._connections[client.number] = connection
+                    asyncio.get_running_loop().call_later(CONNECT_S, self._give_up, connection)
+            client.tell({"type": "video", "id": number if isinstance(number, int) else None, "sdp": sdp})
+
+    def _give_up(self, connection: Any) -> None:
+        """Close a connection that does not come to stand, which aiortc would try for ever."""
+        if connection.connectionState in ("new", "connecting"):
+            self._spawn(connection.close())
+
+    async def _hang_up(self, client: Client) -> None:
+        if before := self._connections.pop(client.number, None):
+            await before.close()
+        client.by_video = False
+        client.wake.set()
+
+    @staticmethod
+    def _checked(client: Client, offer: object) -> str:
+        if not isinstance(offer, str):
+            raise InputError(f"the sdp is {offer!r:.30}", expected="an offer, or null", fix="send SDP as a string")
+        if not client.offers.take(time.perf_counter()):
+            raise InputError("too many offers of video", expected="two at once, one a second", fix="wait a second")
+        return offer
 
     def choose_source(self, name: object) -> None:
         """Let one source give the poses, and no other; raises ``ConfigError``."""

@@ -2,7 +2,7 @@
 
 Poses and jobs come in through one condition; frames go out through a function that must not block. All engines are
 called from this thread alone. The noise is the bundle's own for every frame, so a video is steady without carrying a
-latent from frame to frame (the graph has no input for one).
+latent from frame to frame (which was tried, and lost the picture: docs/log.md).
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class Frame:
     image: np.ndarray
     reused: bool
     times_ms: dict[str, float]
-    jpegs: dict[str, bytes] = field(default_factory=dict)  # by matte; filled where frames are encoded
+    pictures: dict[str, np.ndarray] = field(default_factory=dict)  # by matte, and encoded; filled where that is done
+    jpegs: dict[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -184,7 +185,7 @@ class Renderer:
         self.counters.reused += 1
         last, now = self._last, now_ms()
         times = {"pose_in": pose.pose_in_ms, "drawn": now, "rendered": now}
-        return Frame(self._number(), pose, last.person, last.steps, last.image, True, times, last.jpegs)
+        return Frame(self._number(), pose, last.person, last.steps, last.image, True, times, last.pictures, last.jpegs)
 
     def _rendered(self, pose: Pose, points: np.ndarray) -> Frame:
         index = self._index()

@@ -23,21 +23,31 @@ from tests.live.chrome import Page, browser
 PEOPLE = Path(api.__file__).parent / "assets" / "people" / "test_highres"
 FIRST, SECOND = PEOPLE / "p00900_0.jpg", PEOPLE / "p00909_3.jpg"
 SPY = """
-const send = WebSocket.prototype.send;
 window.sent = {};
-WebSocket.prototype.send = function (text) {
-  const message = JSON.parse(text);
-  window.sent[message.type] = message;
-  send.call(this, text);
-};
-window.received = {binary: 0, headers: 0};
+window.received = {binary: 0, headers: 0, poses: 0};
+for (const kind of [WebSocket, RTCDataChannel]) {
+  const send = kind.prototype.send;
+  kind.prototype.send = function (text) {
+    const message = JSON.parse(text);
+    window.sent[message.type] = {...message, by: kind.name};
+    send.call(this, text);
+  };
+}
 window.WebSocket = class extends WebSocket {
   constructor(...given) {
     super(...given);
-    this.addEventListener("message", ({data}) => {
-      if (typeof data !== "string") window.received.binary += 1;
-      else if (JSON.parse(data).type === "header") window.received.headers += 1;
-    });
+    this.addEventListener("message", ({data}) => (window.received.binary += typeof data !== "string"));
+  }
+};
+window.RTCPeerConnection = class extends RTCPeerConnection {
+  createDataChannel(...given) {
+    const channel = super.createDataChannel(...given);
+    channel.addEventListener("message", () => (window.received.headers += 1));
+    return channel;
+  }
+  async setRemoteDescription(description) {
+    window.received.answer = description.sdp;
+    await super.setRemoteDescription(description);
   }
 };
 """
@@ -53,11 +63,22 @@ def page_pipeline(tiny_graph: Artifact, tmp_path_factory: pytest.TempPathFactory
 @contextmanager
 def service(
     pipeline: Any, port: int = 0, access: Access | None = None, webrtc: bool = False, **feeds: Any
-) -> Iterator[str]:
+) -> Iterator[Address]:
     """The address of a live service of the first person, which draws every pose that it is given."""
     found = Service([pipeline], load_image(FIRST), Options(still_px=-1), Limits(), feeds, webrtc=webrtc)
     with serving(found, Place(port=port, access=access or Access(None))) as running:
-        yield f"http://127.0.0.1:{running.port}/"
+        yield Address(f"http://127.0.0.1:{running.port}/", found)
+
+
+class Address(str):
+    """Where a service is, and the service."""
+
+    service: Service
+
+    def __new__(cls, address: str, service: Service) -> Address:
+        made = super().__new__(cls, address)
+        made.service = service
+        return made
 
 
 @pytest.fixture(scope="session")

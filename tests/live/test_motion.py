@@ -10,7 +10,7 @@ import pytest
 
 from rpfm_edge.errors import InputError
 from rpfm_edge.live.motion import read_motion
-from rpfm_edge.pose import fit_pose, from_coco, from_mediapipe, from_openpose, write_pose
+from rpfm_edge.pose import NobodyError, fit_pose, from_coco, from_mediapipe, from_openpose, write_pose
 
 SIZE = (64, 48)
 FRAME = (200, 100)  # of the .pose files
@@ -21,6 +21,18 @@ def test_a_folder_of_poses_is_read_in_order_of_names(tmp_path: Path, poses: np.n
         write_pose(tmp_path / f"{name}.json", pose, SIZE)
     np.testing.assert_array_equal(read_motion(tmp_path, SIZE)[0], poses[[1, 0, 2]])
     np.testing.assert_array_equal(read_motion(tmp_path / "c.json", SIZE)[0], poses[2:3])
+
+
+def test_a_frame_without_a_person_is_left_out_of_a_folder(tmp_path: Path, poses: np.ndarray) -> None:
+    write_pose(tmp_path / "0.json", poses[0], SIZE)
+    (tmp_path / "1.json").write_text('{"people": []}')
+    write_pose(tmp_path / "2.json", poses[1], SIZE)
+    np.testing.assert_array_equal(read_motion(tmp_path, SIZE)[0], poses[:2])
+    with pytest.raises(NobodyError):
+        read_motion(tmp_path / "1.json", SIZE)
+    (tmp_path / "3.json").write_text("{")
+    with pytest.raises(InputError, match=r"3\.json is no JSON"):
+        read_motion(tmp_path, SIZE)
 
 
 def test_a_clip_is_fitted_and_frames_without_a_person_are_left_out(tmp_path: Path) -> None:
@@ -40,8 +52,10 @@ def test_a_motion_without_a_pose_is_refused(tmp_path: Path) -> None:
         read_motion(tmp_path / "none.json", SIZE)
 
 
-def write(path: Path, name: str, count: int, triples: np.ndarray, points_before: int = 0, depth: bool = False) -> None:
-    """A .pose file of (n, count, 3) x, y, confidence, 25 frames a second, perhaps after points of something else."""
+def write(
+    path: Path, name: str, count: int, triples: np.ndarray, points_before: int = 0, depth: bool = False, fps: float = 25
+) -> None:
+    """A .pose file of (n, count, 3) x, y, confidence, perhaps after points of something else."""
     pose_format = pytest.importorskip("pose_format", reason="needs pose-format: pip install 'rpfm-edge[motion]'")
     header = pose_format.pose_header
     layout = "XYZC" if depth else "XYC"
@@ -52,7 +66,7 @@ def write(path: Path, name: str, count: int, triples: np.ndarray, points_before:
     lead = np.full((len(triples), points_before, 3), 7.0)
     rows = np.concatenate([lead, triples], axis=1).astype(np.float32)
     data = np.insert(rows[..., :2], 2, 3.0, axis=2) if depth else rows[..., :2]
-    body: Any = pose_format.numpy.NumPyPoseBody(25.0, data[:, None], rows[..., 2][:, None])
+    body: Any = pose_format.numpy.NumPyPoseBody(fps, data[:, None], rows[..., 2][:, None])
     with path.open("wb") as file:
         pose_format.Pose(header.PoseHeader(0.2, size, parts), body).write(file)
 
@@ -100,6 +114,12 @@ def test_a_pose_file_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.pose"
     write(path, "FACE", 68, triples_of(68))
     with pytest.raises(InputError, match="FACE"):
+        read_motion(path, SIZE)
+    write(path, "POSE_LANDMARKS", 13, triples_of(13))  # reduced, as pose-format offers
+    with pytest.raises(InputError, match="POSE_LANDMARKS of 13 points"):
+        read_motion(path, SIZE)
+    write(path, "BODY", 23, triples_of(23), fps=0)
+    with pytest.raises(InputError, match=r"a\.pose says 100 × 200 pixels at 0 frames"):
         read_motion(path, SIZE)
     write(path, "BODY", 23, triples_of(23))
     path.write_bytes(path.read_bytes()[:-9])

@@ -5,6 +5,7 @@ What the page shows is compared with ``Pipeline.render`` of the poses that it se
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from pathlib import Path
@@ -75,6 +76,12 @@ def test_skeleton_is_that_of_the_package() -> None:
     assert tuple(map(tuple, json.loads(re.sub(r",\s*\]$", "]", bones.group(1))))) == BONES
     found = json.loads(re.sub(r",\s*\]$", "]", names.group(1)))
     assert [name.replace(" ", "_") for name in found] == list(KEYPOINTS)
+
+
+def first_codec(sdp: str) -> str:
+    """The video codec that an answer prefers."""
+    payload = re.search(r"^m=video \d+ \S+ (\d+)", sdp, re.MULTILINE)[1]
+    return re.search(rf"^a=rtpmap:{payload} (\w+)/", sdp, re.MULTILINE)[1]
 
 
 def choose(page: Page, mode: str) -> None:
@@ -235,6 +242,22 @@ def test_a_pose_by_hand_moves_with_the_size_of_the_pictures(page: Page, page_pip
         np.testing.assert_allclose(sent_pose(page), 2 * held, atol=0.2)
 
 
+@pytest.mark.browser
+def test_video_that_breaks_gives_way_to_jpegs(page: Page, page_pipeline: Pipeline) -> None:
+    pytest.importorskip("aiortc", reason="needs aiortc: pip install 'rpfm-edge[webrtc]'")
+    with service(Mirror(page_pipeline), webrtc=True) as address:
+        page.open(address)
+        page.until("sent.shown")
+        page.run("document.querySelector('[name=transport][value=webrtc]').click()")
+        page.until("received.headers > 10")
+        page.run("window.received.binary = 0")
+        [connection] = address.service._connections.values()
+        asyncio.run_coroutine_threadsafe(connection.close(), address.service._loop).result(10)
+        page.until("received.binary > 5")
+        page.until("document.querySelector('[name=transport]:checked').value === 'jpeg'")
+        assert page.run("message.textContent").startswith("No video: ")
+
+
 class Larger:
     """A pipeline with pictures of twice the size."""
 
@@ -275,6 +298,8 @@ def test_pictures_as_video(page: Page, page_pipeline: Pipeline, processor: bool)
             page.run("window.received.binary = 0")
             shown = settled(page)
             assert page.run("received.binary") == 0
+            assert page.run("[sent.pose.by, sent.shown.by]") == ["RTCDataChannel"] * 2
+            assert first_codec(page.run("received.answer")) == "H264"
             wrist = stood[4] + [12, 10 if stood[4, 1] < 32 else -10]
             page.drag(middle(page, stood[4]), middle(page, wrist))
             page.until(f"sent.pose.keypoints[4][0] > {stood[4, 0]} + 6")

@@ -22,9 +22,11 @@ const page = {
 };
 const link = new Link({
   open: opened, hello: learned, state: learned, person: learned, error: ({ message }) => say(message), frame: arrived,
-  header: (header) => video.told(header), video: ({ sdp }) => video.answered(sdp).catch(noVideo),
+  video: (message) => video.answered(message).catch(noVideo),
 });
-const video = new Video((message) => link.send(message), (frame) => arrived({ ...frame, sent: link.sentAt(frame.header) }));
+const video = new Video(
+  (message) => link.send(message), (frame) => arrived({ ...frame, sent: link.sentAt(frame.header) }), noVideo,
+);
 
 // What the server says
 
@@ -90,10 +92,11 @@ function carry() {
   const webrtc = !$("transport").hidden && document.querySelector("[name=transport]:checked").value === "webrtc";
   if (webrtc) video.open().catch(noVideo);
   else if (before) link.send({ type: "video", sdp: null });
+  link.channel = video.channel;
 }
 
 function noVideo(error) {
-  say(`Video did not start: ${error.message}`);
+  say(`No video: ${error.message}.`);
   document.querySelector("[name=transport][value=jpeg]").checked = true;
   carry();
 }

@@ -6,6 +6,7 @@ const PING_MS = 1000;
 const IN_FLIGHT = 60; // unanswered poses, a second of them: the server takes the latest, so more often is fresher
 const STALLED_MS = 500; // beyond that one pose goes out in so long, to find out whether there is somebody
 const SENT_KEPT = 512; // poses whose time of sending is remembered
+const FLEETING = ["pose", "shown"];
 const FINAL = {
   4401: "This page has no valid token. Open the address, or the code, that the server shows when it starts.",
   4403: "The server refuses pages from this address. Open the page at the server's own address.",
@@ -24,6 +25,7 @@ export class Link {
     this.delay = 250;
     this.skipped = 0; // frames that came while another was being decoded or waited to be shown
     this.options = {};
+    this.channel = null; // a data channel, which takes what need not be sent again if it is lost
     this.connect();
     setInterval(() => this.send({ type: "ping", t_ms: now() }), PING_MS);
   }
@@ -99,7 +101,7 @@ export class Link {
 
   /** Whether what was sent has left, and what was answered is not long ago. */
   ready() {
-    if (this.socket.readyState !== WebSocket.OPEN || this.socket.bufferedAmount > 0) return false;
+    if (this.socket.readyState !== WebSocket.OPEN || this.way("pose").bufferedAmount > 0) return false;
     return this.id - this.answered < IN_FLIGHT || now() - this.sent.get(this.id) > STALLED_MS;
   }
 
@@ -124,7 +126,12 @@ export class Link {
     this.send({ type: "options", ...options });
   }
 
+  way(type) {
+    return FLEETING.includes(type) && this.channel?.readyState === "open" ? this.channel : this.socket;
+  }
+
   send(message) {
-    if (this.socket.readyState === WebSocket.OPEN) this.socket.send(JSON.stringify({ v: VERSION, ...message }));
+    if (this.socket.readyState !== WebSocket.OPEN) return;
+    this.way(message.type).send(JSON.stringify({ v: VERSION, ...message }));
   }
 }
