@@ -77,14 +77,18 @@ def plan(model: onnx.ModelProto) -> Plan:
 def load(path: Path) -> onnx.ModelProto:
     """The graph of a file, with its Constant nodes as initializers, where weights are looked for."""
     model = onnx.load(path)
-    nodes = [node for node in model.graph.node if node.op_type != "Constant"]
-    for node in model.graph.node:
+    graph, made = model.graph, set[str]()
+    for node in graph.node:
         if node.op_type == "Constant":
             tensor = next(attribute.t for attribute in node.attribute if attribute.name == "value")
             tensor.name = node.output[0]
-            model.graph.initializer.append(tensor)
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
+            graph.initializer.append(tensor)
+            made.add(tensor.name)
+    nodes = [node for node in graph.node if node.op_type != "Constant"]
+    shapes = [value for value in graph.value_info if value.name not in made]  # the types of initializers stand in them
+    del graph.node[:], graph.value_info[:]
+    graph.node.extend(nodes)
+    graph.value_info.extend(shapes)
     return model
 
 

@@ -17,8 +17,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from quantize.float16 import to_float16
 from quantize.fp8 import LARGEST as LARGEST_SCALE
-from quantize.fp8 import insert, kinds, largest_magnitudes, rewire, to_e4m3
+from quantize.fp8 import insert, kinds, largest_magnitudes, to_e4m3
 from quantize.layers import plan
+from quantize.rewire import Made, rewire
 from rpfm_edge.errors import ArtifactError
 from rpfm_edge.signature import Feeds
 
@@ -153,9 +154,7 @@ def _outer_scale(largest: float) -> np.float32:
 def _typed(half: onnx.ModelProto, products: Collection[str], ranges: Mapping[str, float]) -> onnx.ModelProto:
     """With TensorRT's operator. Each scale is dequantized by the FP32 one, and the FP4 values by what that gives."""
 
-    def factor(
-        node: onnx.NodeProto, place: int, weight: np.ndarray | None
-    ) -> tuple[list[onnx.TensorProto], list[onnx.NodeProto], str]:
+    def factor(node: onnx.NodeProto, place: int, weight: np.ndarray | None) -> Made:
         name, base = node.input[place], f"{node.name}/{'input' if weight is None else 'weight'}"
         values, scales, outer = (f"{name}.{part}" for part in ("fp4", "fp4_scales", "fp4_scale"))
         nodes = []
@@ -186,9 +185,7 @@ def _typed(half: onnx.ModelProto, products: Collection[str], ranges: Mapping[str
 def _plain(half: onnx.ModelProto, products: Collection[str], ranges: Mapping[str, float]) -> onnx.ModelProto:
     """In plain ONNX: weights that were quantized and dequantized here, activations that are so by a function."""
 
-    def factor(
-        node: onnx.NodeProto, place: int, weight: np.ndarray | None
-    ) -> tuple[list[onnx.TensorProto], list[onnx.NodeProto], str]:
+    def factor(node: onnx.NodeProto, place: int, weight: np.ndarray | None) -> Made:
         name = node.input[place]
         result = f"{name}.fp4_dequantized"
         if weight is not None:

@@ -12,9 +12,10 @@ from typing import Literal
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
 from quantize.layers import PRODUCTS
+from quantize.rewire import Made, along, pair, rewire
 from rpfm_edge.errors import ConfigError
 
 LEVELS = {"half": 64, "full": 127}  # of weights: see quantize.int8.Int8Config
@@ -42,100 +43,53 @@ def insert(
     Raises:
         ConfigError: a name of no product, or an activation without a range.
     """
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    _require_known(copy, products)
-    writer = _Writer(copy, ranges, LEVELS[weights], activations == "unsigned")
-    for node in copy.graph.node:
-        if node.name in products:
-            if biases == "int32" and node.op_type == "Gemm" and len(node.input) > 2:
-                node.input[2] = writer.bias(node)
-            for place in (0, 1):
-                node.input[place] = writer.quantized(node, place)
-        writer.nodes.append(node)
-    nodes = list(writer.nodes)
-    del copy.graph.node[:]
-    copy.graph.node.extend(nodes)
-    _drop_unused(copy)
-    onnx.checker.check_model(copy, full_check=True)
-    return copy
+    _require_known(model, products)
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    positive = never_negative(model) if activations == "unsigned" else frozenset()
 
+    def channels(node: onnx.NodeProto, place: int, weight: np.ndarray) -> tuple[np.ndarray, int]:
+        axis = channel_axis(node, place, weight.ndim)
+        return channel_scales(weight, axis, LEVELS[weights]), axis
 
-class _Writer:
-    """Makes the quantized form of a tensor where it is first asked for, and keeps it for all that ask later."""
-
-    def __init__(self, model: onnx.ModelProto, ranges: Mapping[str, float], levels: int, unsigned: bool) -> None:
-        self._graph, self._ranges, self._levels = model.graph, ranges, levels
-        self._weights = {tensor.name: tensor for tensor in model.graph.initializer}
-        self._positive = never_negative(model) if unsigned else frozenset()
-        self._done: dict[str, str] = {}
-        self.nodes: list[onnx.NodeProto] = []
-
-    def quantized(self, node: onnx.NodeProto, place: int) -> str:
+    def factor(node: onnx.NodeProto, place: int, values: np.ndarray | None) -> Made:
         name = node.input[place]
-        if name not in self._done:
-            make = self._weight if name in self._weights else self._activation
-            self._done[name] = make(node, place)
-        return self._done[name]
+        if place == 2:
+            weight = constants.get(node.input[1])
+            if node.op_type != "Gemm" or values is None or weight is None:
+                return [], [], name
+            scale = _step(node, 0, ranges, positive)[0] * channels(node, 1, numpy_helper.to_array(weight))[0]
+            return _bias(node, values, scale)
+        if values is None:
+            return pair(name, f"{node.name}/input{place}", (None, *_step(node, place, ranges, positive)))
+        scale, axis = channels(node, place, values)
+        stored = np.round(values / along(scale, axis, values.ndim)).astype(np.int8)
+        return pair(name, f"{node.name}/weight", (stored, scale, np.zeros(len(scale), np.int8)), axis)
 
-    def bias(self, node: onnx.NodeProto) -> str:
-        """The bias of a linear layer in INT32, in steps of its activation's scale times its weights'.
+    made = rewire(model, products, factor, (2, 0, 1) if biases == "int32" else (0, 1))
+    onnx.checker.check_model(made, full_check=True)
+    return made
 
-        It stays as it is where it is computed, or where weights of nearly 0 make the steps too small for 32 bits.
-        """
-        if node.input[1] not in self._weights or node.input[2] not in self._weights:
-            return str(node.input[2])
-        values = numpy_helper.to_array(self._weights[node.input[2]])
-        scale = self._step(node, 0)[0] * self._channels(node, 1)[1]
-        stored = np.round(values.astype(np.float64) / scale)
-        if np.abs(stored).max() > np.iinfo(np.int32).max:
-            return str(node.input[2])
-        stored = stored.astype(np.int32)
-        return self._pair(f"{node.name}.bias", f"{node.name}/bias", (stored, scale, np.zeros(len(scale), np.int32)), 0)
 
-    def _weight(self, node: onnx.NodeProto, place: int) -> str:
-        values, scale, axis = self._channels(node, place)
-        shape = [-1 if other == axis else 1 for other in range(values.ndim)]
-        stored = np.round(values / scale.reshape(shape)).astype(np.int8)
-        tensors = (stored, scale, np.zeros(len(scale), np.int8))
-        return self._pair(node.input[place], f"{node.name}/weight", tensors, axis)
+def _step(
+    node: onnx.NodeProto, place: int, ranges: Mapping[str, float], positive: Collection[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The scale of an activation, and a zero of the type that it gets."""
+    name = node.input[place]
+    if name not in ranges:
+        raise ConfigError(
+            f"{name}, which goes into {node.name}, has no range", expected="one", fix="observe this graph again"
+        )
+    kind, levels = (np.uint8, 255) if name in positive else (np.int8, 127)
+    return np.array(ranges[name] / levels, np.float32), np.array(0, kind)
 
-    def _activation(self, node: onnx.NodeProto, place: int) -> str:
-        return self._pair(node.input[place], f"{node.name}/input{place}", (None, *self._step(node, place)), None)
 
-    def _channels(self, node: onnx.NodeProto, place: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """The values of a weight, the scale of each channel, and the axis of the channels."""
-        values = numpy_helper.to_array(self._weights[node.input[place]])
-        axis = channel_axis(node, place, values.ndim)
-        return values, channel_scales(values, axis, self._levels), axis
-
-    def _step(self, node: onnx.NodeProto, place: int) -> tuple[np.ndarray, np.ndarray]:
-        """The scale of an activation, and a zero of the type that it gets."""
-        name = node.input[place]
-        if name not in self._ranges:
-            raise ConfigError(
-                f"{name}, which goes into {node.name}, has no range", expected="one", fix="observe this graph again"
-            )
-        kind, levels = (np.uint8, 255) if name in self._positive else (np.int8, 127)
-        return np.array(self._ranges[name] / levels, np.float32), np.array(0, kind)
-
-    def _pair(
-        self, source: str, base: str, tensors: tuple[np.ndarray | None, np.ndarray, np.ndarray], axis: int | None
-    ) -> str:
-        """Write stored values (None: they are computed from ``source``), scale, zero point and the nodes around them.
-
-        Nodes are named ``base``/…, after their product, as backends name what they fuse.
-        """
-        names = [f"{source}.{part}" for part in ("stored", "scale", "zero")]
-        for name, value in zip(names, tensors, strict=True):
-            if value is not None:
-                self._graph.initializer.append(numpy_helper.from_array(value, name))
-        if tensors[0] is None:
-            computed = [source, *names[1:]]
-            self.nodes.append(helper.make_node("QuantizeLinear", computed, names[:1], name=f"{base}/quantize"))
-        result, extra = f"{source}.dequantized", {} if axis is None else {"axis": axis}
-        self.nodes.append(helper.make_node("DequantizeLinear", names, [result], name=f"{base}/dequantize", **extra))
-        return result
+def _bias(node: onnx.NodeProto, values: np.ndarray, scale: np.ndarray) -> Made:
+    """A bias in INT32, in steps of ``scale``; it stays float where weights near 0 make these too small for 32 bits."""
+    stored = np.round(values.astype(np.float64) / scale)
+    if np.abs(stored).max() > np.iinfo(np.int32).max:
+        return [], [], node.input[2]
+    tensors = (stored.astype(np.int32), scale, np.zeros(len(scale), np.int32))
+    return pair(f"{node.name}.bias", f"{node.name}/bias", tensors, 0)
 
 
 def never_negative(model: onnx.ModelProto) -> frozenset[str]:
@@ -166,10 +120,3 @@ def _require_known(model: onnx.ModelProto, products: Collection[str]) -> None:
         raise ConfigError(
             f"{unknown[0]!r} is no product of the graph", expected="names of Conv, Gemm and MatMul nodes", fix="check"
         )
-
-
-def _drop_unused(model: onnx.ModelProto) -> None:
-    used = {tensor for node in model.graph.node for tensor in node.input}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)

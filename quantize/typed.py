@@ -10,6 +10,7 @@ import onnx
 from onnx import numpy_helper
 
 from quantize.float16 import to_float16
+from quantize.rewire import along
 
 FOLDER = "typed"  # of a graph artifact: its graphs for such libraries
 SMALLEST = np.finfo(np.float16).smallest_normal  # below it FP16 loses digits, and a scale of 0 would divide by 0
@@ -41,8 +42,6 @@ def _hold_scales(model: onnx.ModelProto) -> None:
         if weight:
             axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
             values = numpy_helper.to_array(weight)
-            shape = [-1 if place == axis % values.ndim else 1 for place in range(values.ndim)]
-            shrink = (scale / held).reshape(shape if scale.ndim else ())
-            rounded = np.round(values * shrink).astype(values.dtype)
+            rounded = np.round(values * along(scale / held, axis, values.ndim)).astype(values.dtype)
             weight.CopyFrom(numpy_helper.from_array(rounded, weight.name))
         tensors[node.input[1]].CopyFrom(numpy_helper.from_array(held, node.input[1]))

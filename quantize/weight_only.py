@@ -17,9 +17,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper, version_converter
 
-from quantize.fp8 import rewire
 from quantize.layers import PRODUCTS, constants, plan
 from quantize.qdq import channel_axis, channel_scales
+from quantize.rewire import Made, along, rewire
 from quantize.typed import SMALLEST
 
 Rounded = tuple[np.ndarray, np.ndarray, dict[str, int]]  # integers, scales, attributes of the DequantizeLinear
@@ -45,9 +45,7 @@ def to_weight_only(model: onnx.ModelProto, bits: Literal[8, 4]) -> tuple[onnx.Mo
     layers = [node.name for node in model.graph.node if node.op_type in PRODUCTS and fixed & set(node.input[:2])]
     kinds: Counter[str] = Counter()
 
-    def factor(
-        node: onnx.NodeProto, place: int, weight: np.ndarray | None
-    ) -> tuple[list[TensorProto], list[onnx.NodeProto], str]:
+    def factor(node: onnx.NodeProto, place: int, weight: np.ndarray | None) -> Made:
         name = node.input[place]
         if weight is None:
             return [], [], name
@@ -66,8 +64,7 @@ def per_channel(node: onnx.NodeProto, place: int, weight: np.ndarray) -> Rounded
     """INT8 with the largest magnitude of every output channel of ``node`` at 127."""
     axis = channel_axis(node, place, weight.ndim)
     scale = np.maximum(channel_scales(weight, axis, 127), SMALLEST)
-    shape = [-1 if other == axis else 1 for other in range(weight.ndim)]
-    return np.round(weight / scale.reshape(shape)), scale, {"axis": axis}
+    return np.round(weight / along(scale, axis, weight.ndim)), scale, {"axis": axis}
 
 
 def in_groups(node: onnx.NodeProto, place: int, weight: np.ndarray) -> Rounded:
@@ -96,7 +93,7 @@ def _sums(node: onnx.NodeProto, place: int) -> int:
 
 def _dequantized(
     base: str, name: str, stored: tuple[np.ndarray, int], scale: np.ndarray, attributes: dict[str, int]
-) -> tuple[list[TensorProto], list[onnx.NodeProto], str]:
+) -> Made:
     """The tensors and the DequantizeLinear of weight ``name``, and what that makes."""
     values, kind = stored
     integers = values.astype(helper.tensor_dtype_to_np_dtype(kind))

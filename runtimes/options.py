@@ -9,7 +9,7 @@ from rpfm_edge.errors import ConfigError
 
 
 def checked(
-    backend: str, defaults: Mapping[str, Any], options: Mapping[str, Any], choices: Mapping[str, Sequence[str]]
+    backend: str, defaults: Mapping[str, Any], options: Mapping[str, Any], choices: Mapping[str, Sequence[object]]
 ) -> dict[str, Any]:
     """``options`` over ``defaults``.
 
@@ -27,9 +27,7 @@ def checked(
             kind = kinds[type(defaults[name])]
             raise ConfigError(f"{backend} option {name} is {value!r}", expected=kind, fix="give such a value")
         if name in choices and value not in choices[name]:
-            raise ConfigError(
-                f"{backend} option {name} is {value!r}",
-                expected=f"one of {list(choices[name])}",
-                fix="choose one of them",
-            )
+            allowed = choices[name]
+            expected = f"{allowed[0]} to {allowed[-1]}" if isinstance(allowed, range) else f"one of {list(allowed)}"
+            raise ConfigError(f"{backend} option {name} is {value!r}", expected=expected, fix="choose one of them")
     return {**defaults, **options}

@@ -131,19 +131,44 @@ def test_with_int32_biases_onnxruntime_computes_linear_layers_in_int8(
     assert psnr_db(images["float"], images["int32"]) > 50
 
 
+def linears(bias: np.ndarray, **weights: np.ndarray) -> onnx.ModelProto:
+    """x (1, K) → one Gemm for each of ``weights`` (K, N), all with ``bias``; named g.WEIGHT, to the output y.WEIGHT."""
+    size = next(iter(weights.values())).shape[0]
+    graph = helper.make_graph(
+        [helper.make_node("Gemm", ["x", name, "b"], [f"y.{name}"], name=f"g.{name}") for name in weights],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, size))],
+        [helper.make_tensor_value_info(f"y.{name}", TensorProto.FLOAT, (1, len(bias))) for name in weights],
+        [numpy_helper.from_array(array, name) for name, array in {**weights, "b": bias}.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
 def test_a_bias_that_int32_cannot_hold_stays_float() -> None:
     """A channel of weights near 0 makes the step of its bias tiny."""
-    weight, bias = np.full((2, 3), 1e-9, np.float32), np.array([0.5, 0.25, 0.0], np.float32)
-    graph = helper.make_graph(
-        [helper.make_node("Gemm", ["x", "w", "b"], ["y"], name="g")],
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 2))],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, (1, 3))],
-        [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(bias, "b")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
-    found = Graph(insert(model, ["g"], {"x": 3.0}, biases="int32"))({"x": np.ones((1, 2), np.float32)})
+    bias = np.array([0.5, 0.25, 0.0], np.float32)
+    model = linears(bias, w=np.full((2, 3), 1e-9, np.float32))
+    found = Graph(insert(model, ["g.w"], {"x": 3.0}, biases="int32"))({"x": np.ones((1, 2), np.float32)})
     np.testing.assert_allclose(found[0], bias, atol=1e-6)
+
+
+def test_a_bias_that_layers_share_is_in_the_steps_of_each() -> None:
+    bias = np.array([0.5, -0.25, 0.1], np.float32)
+    weights = {"v": np.full((2, 3), 0.5, np.float32), "w": np.full((2, 3), 20.0, np.float32)}
+    found = stored(insert(linears(bias, **weights), ["g.v", "g.w"], {"x": 3.0}, biases="int32"))
+    for name, weight in weights.items():
+        step = 3.0 / 127 * weight.max() / 64
+        np.testing.assert_allclose(found[f"g.{name}.bias.scale"], step, rtol=1e-5)
+        np.testing.assert_array_equal(found[f"g.{name}.bias.stored"], np.round(bias / step))
+    assert "b" not in found
+
+
+def test_biases_of_convolutions_stay_float(frame: onnx.ModelProto, ranges: dict[str, float]) -> None:
+    before, after = (
+        {node.name: node.input[2] for node in model.graph.node if node.op_type == "Conv" and len(node.input) > 2}
+        for model in (frame, insert(frame, everything(frame), ranges, biases="int32"))
+    )
+    assert before == after != {}
 
 
 def test_nothing_chosen_is_the_float_graph(frame: onnx.ModelProto, feeds: list[Feeds]) -> None:

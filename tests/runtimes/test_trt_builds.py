@@ -105,6 +105,36 @@ def test_builds_with_int8_kernels_and_fused_attention(
     assert attention == (depth - 1 if name == "prepare" else depth * graph.config["steps"])
 
 
+@pytest.fixture(scope="module")
+def mixed(graphs: Callable[[str, str], Artifact], tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Every second unit of xs in INT8, the others in FP16, as a plan for TensorRT writes them."""
+    from itertools import islice
+
+    from quantize import calibrate
+    from quantize import mixed as assignments
+    from quantize.layers import load
+    from quantize.ranges import observe
+    from quantize.units import units
+
+    folder, exact = tmp_path_factory.mktemp("mixed"), graphs("xs", "fp32")
+    calibrate.record(exact, open_split(sample_root(), "test"), folder / "samples", 8)
+    ranges, names = {}, {}
+    for name in ("prepare", "frame"):
+        model = load(exact.file(f"{name}.onnx"))
+        feeds = list(islice(calibrate.load(folder / "samples").feeds(name), 8))
+        ranges[name] = {one: seen.range("mse") for one, seen in observe(model, feeds, len(feeds)).items()}
+        names[name] = tuple(unit.name for unit in units(model) if not unit.attention)[::2]
+    return assignments.write(exact, assignments.Assignment(names, rest="fp16"), ranges, folder / "graph", {})
+
+
+@pytest.mark.parametrize("name", ["prepare", "frame"])
+def test_builds_a_mix_of_int8_and_fp16(mixed: Artifact, name: str, library: trt_api.Library) -> None:
+    log: list[str] = []
+    build_plan(library, trt.graph_file(mixed, name, library), Settings(targets=("8.6",)), log=log.append)
+    assert sum(mixed.config["int8_layers"][name].values()) > 3
+    assert trt_log.int8_products(log) == mixed.config["int8_layers"][name]
+
+
 @pytest.mark.parametrize("name", ["prepare", "frame"])
 @pytest.mark.parametrize(("precision", "target"), [("fp8", "8.9"), ("fp8", "12.0"), ("nvfp4", "12.0")])
 def test_builds_with_fp8_and_fp4_kernels(
