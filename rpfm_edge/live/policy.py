@@ -14,7 +14,7 @@ import numpy as np
 from rpfm_edge.errors import ConfigError
 from rpfm_edge.metrics import import_extra
 
-LATE_FRAMES, ROOM_FRAMES, ROOM = 5, 60, 0.85
+LATE_FRAMES, ROOM_FRAMES, ROOM, ROOM_LOST = 5, 60, 0.85, 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +29,20 @@ class Level:
 def next_level(level: Level, steps: Sequence[int], frame_ms: float, deadline_ms: float) -> Level:
     """The level after a frame that took ``frame_ms`` from its pose's arrival to its image.
 
-    One level down after ``LATE_FRAMES`` late frames in a row. One up after ``ROOM_FRAMES`` in a row of which each would
-    have met ``ROOM`` of the deadline with the steps of the level above, if time grew as fast as steps. It grows more
-    slowly, because decoding does not repeat: so a steady load never goes up to come down again.
+    One level down after ``LATE_FRAMES`` late frames in a row. One up after ``ROOM_FRAMES`` that would have met ``ROOM``
+    of the deadline with the steps of the level above, if time grew as fast as steps; one that would not undoes
+    ``ROOM_LOST`` of them, so that rare slow frames do not hold it down. Time grows more slowly, because decoding does
+    not repeat: so a steady load never goes up to come down again.
 
     Args:
         steps: of the levels, falling.
     """
     above = steps[max(level.index - 1, 0)] / steps[level.index]
     late = level.late + 1 if frame_ms > deadline_ms else 0
-    room = level.room + 1 if level.index and frame_ms * above <= ROOM * deadline_ms else 0
+    room = level.room + 1 if frame_ms * above <= ROOM * deadline_ms else max(level.room - ROOM_LOST, 0)
     if late >= LATE_FRAMES and level.index + 1 < len(steps):
         return Level(level.index + 1)
-    if room >= ROOM_FRAMES:
+    if level.index and room >= ROOM_FRAMES:
         return Level(level.index - 1)
     return Level(level.index, late, room)
 

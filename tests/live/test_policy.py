@@ -37,6 +37,14 @@ def test_one_late_frame_changes_nothing() -> None:
     assert level.index == 0
 
 
+@pytest.mark.parametrize(("slow", "rises"), [(30, True), (5, False)])
+def test_rare_slow_frames_do_not_hold_the_steps_down(slow: int, rises: bool) -> None:
+    level = Level(1)
+    for number in range(10 * ROOM_FRAMES):  # 2 steps: 10 ms, now and then 25; the deadline is 30
+        level = next_level(level, STEPS, 25.0 if number % slow == 0 else 10.0, 30)
+    assert (level.index == 0) == rises
+
+
 def test_at_the_fewest_steps_lateness_has_no_further_effect() -> None:
     assert run(100, 1, deadline_ms=10, frames=100)[-1] == 2
 
