@@ -26,10 +26,9 @@ from rpfm_edge import artifact
 from rpfm_edge.artifact import Artifact, Stage, tool_versions
 from rpfm_edge.errors import ArtifactError, ConfigError, ParityError
 from rpfm_edge.metrics import psnr_db
-from rpfm_edge.precisions import CALIBRATED
+from rpfm_edge.precisions import CALIBRATED, Precision
 from rpfm_edge.signature import Feeds
 
-Precision = Literal["fp32", "fp16", "int8", "int8-weights", "int4-weights", "fp8", "nvfp4"]
 GRAPHS = ("prepare", "frame")
 TOOLS = ("nncf", "onnx", "onnxruntime")
 WEIGHT_BITS: dict[str, Literal[8, 4]] = {"int8-weights": 8, "int4-weights": 4}

@@ -20,10 +20,10 @@ from rpfm_edge.artifact import Artifact, file_digest, write_bytes
 from rpfm_edge.data import Split
 from rpfm_edge.errors import ArtifactError, ConfigError, InputError
 from rpfm_edge.pose import draw_skeleton
+from rpfm_edge.precisions import LEAST_SAMPLES
 from rpfm_edge.progress import progress
 from rpfm_edge.signature import Feeds
 
-MINIMUM = 8  # fewer show too little of the range of an activation
 TENSORS = ("source", "source_kv", "index", "pose", "noise")
 
 
@@ -82,16 +82,16 @@ def record(graph: Artifact, split: Split, out: Path, count: int = 64, seed: int 
         InputError: fewer than 8 pairs, or a blank picture or pose.
         ArtifactError: the prepare graph gives values that are not finite.
     """
-    if count < MINIMUM:
+    if count < LEAST_SAMPLES:
         raise ConfigError(
-            f"{count} calibration samples", expected=f"at least {MINIMUM}", fix="ask for more, such as 64"
+            f"{count} calibration samples", expected=f"at least {LEAST_SAMPLES}", fix="ask for more, such as 64"
         )
     rng = np.random.default_rng(seed)
     pairs = spread_pairs(split, rng)[:count]
-    if len(pairs) < MINIMUM:
+    if len(pairs) < LEAST_SAMPLES:
         raise InputError(
             f"{split.root} has only {len(pairs)} pairs to calibrate with",
-            expected=f"at least {MINIMUM}",
+            expected=f"at least {LEAST_SAMPLES}",
             fix="use a larger data set",
         )
     boundary = graph.signatures["frame"]
@@ -142,11 +142,11 @@ def _occurrence(values: np.ndarray) -> np.ndarray:
 
 
 def _require_contents(what: str, images: np.ndarray, names: Sequence[str]) -> None:
-    """Raise ``InputError`` for an image of one colour, or if all are the same: nothing can be calibrated on that."""
+    """Raise ``InputError`` for an image of one colour, or if several are all the same: that calibrates nothing."""
     for image, name in zip(images, names, strict=True):
         if (image == image[0, 0]).all():
             raise InputError(f"{what} {name} is blank", expected="a person", fix="remove it from the data set")
-    if (images == images[0]).all():
+    if len(images) > 1 and (images == images[0]).all():
         raise InputError(
             f"every {what}, {names[0]} first, is the same", expected="different ones", fix="use other data"
         )

@@ -23,6 +23,7 @@ from rpfm_edge.artifact import Artifact, json_digest, tool_versions, write_text
 from rpfm_edge.data import identities_of
 from rpfm_edge.errors import InputError
 from rpfm_edge.metrics import psnr_db, ssim
+from rpfm_edge.precisions import LEAST_SAMPLES
 from rpfm_edge.progress import progress
 from rpfm_edge.signature import Feeds
 
@@ -49,7 +50,7 @@ def divide(samples: Samples) -> tuple[Samples, Samples]:
     """Those that calibrate and those that judge: a quarter of the identities of the sources, at least one.
 
     Raises:
-        InputError: all sources show the same person.
+        InputError: all sources show the same person, or too few samples are left to calibrate with.
     """
     people = identities_of(samples.facts["sources"])
     known = np.unique(people)
@@ -59,6 +60,12 @@ def divide(samples: Samples) -> tuple[Samples, Samples]:
         )
     held = known[np.linspace(0, len(known) - 1, max(round(HELD_OUT * len(known)), 1)).astype(int)]
     judging = np.isin(people[samples.index], held)
+    if (left := int((~judging).sum())) < LEAST_SAMPLES:
+        raise InputError(
+            f"{left} of {len(judging)} calibration samples are left beside those that judge",
+            expected=f"at least {LEAST_SAMPLES}",
+            fix="ask for more samples, or use a larger data set",
+        )
     return _part(samples, ~judging), _part(samples, judging)
 
 
@@ -107,7 +114,7 @@ def sweep(
 
     Raises:
         ArtifactError: samples of another graph.
-        InputError: samples of a single person.
+        InputError: samples of a single person, or too few of them.
     """
     loaded = calibrate.load(samples)
     loaded.check(graph)

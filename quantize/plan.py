@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import onnx
 
@@ -21,11 +21,6 @@ def ordered(effects: Sequence[Effect], saved_s: Mapping[str, float]) -> list[str
     idle = [effect for effect in effects if saved_s.get(effect.name, 0) <= 0]
     useful.sort(key=lambda effect: -saved_s[effect.name] / max(effect.mse, 1e-12))
     return [effect.name for effect in (*useful, *sorted(idle, key=lambda effect: effect.mse))]
-
-
-def expected_psnr_db(effects: Sequence[Effect], names: Collection[str]) -> float:
-    """PSNR of the picture if the errors of the units ``names`` add up."""
-    return Effect("", sum(effect.mse for effect in effects if effect.name in names), ()).psnr_db
 
 
 def divided_by_work(frame: onnx.ModelProto, found: Sequence[Unit], saved_s: float) -> dict[str, float]:

@@ -39,12 +39,8 @@ class Effect:
         return 10 * float(np.log10(GREY**2 / self.mse)) if self.mse else float("inf")
 
 
-def watched(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
-    """A copy of a frame that gives the picture before it is rounded and the velocities (``layers.heads``) instead.
-
-    Returns:
-        the graph, and the number of velocities.
-    """
+def watched(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of a frame that gives the picture before it is rounded and the velocities (``layers.heads``) instead."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     maker = {output: node for node in copy.graph.node for output in node.output}
@@ -57,7 +53,7 @@ def watched(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
     known = {value.name: value for value in onnx.shape_inference.infer_shapes(copy).graph.value_info}
     del copy.graph.output[:]
     copy.graph.output.extend(known[name] for name in (picture, *found))
-    return copy, len(found)
+    return copy
 
 
 Outputs = Sequence[np.ndarray]  # of a ``watched`` graph for one sample
@@ -81,7 +77,7 @@ class Probe:
     """A float frame and what it makes of a few samples, to compare its quantized forms with."""
 
     def __init__(self, frame: onnx.ModelProto, feeds: Sequence[Feeds]) -> None:
-        self.frame, self.feeds = watched(frame)[0], feeds
+        self.frame, self.feeds = watched(frame), feeds
         exact = Graph(self.frame)
         self._reference = [exact.all(sample) for sample in feeds]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from math import prod
 
@@ -119,9 +120,10 @@ def matching(names: Collection[str], patterns: Iterable[str]) -> set[str]:
     for pattern in patterns:
         hits = {name for name in names if fnmatchcase(name, pattern)}
         if not hits:
+            nearest = ", ".join(get_close_matches(pattern, names, 3, 0.0))
             raise ConfigError(
                 f"{pattern!r} matches no layer",
-                expected=f"a name or pattern of {list(names)}",
+                expected=f"a name or pattern of one of the {len(names)}, such as {nearest}",
                 fix="check the spelling",
             )
         result |= hits

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
+import runtimes
 from rpfm_edge import artifact, assets
 from rpfm_edge import doctor as _doctor
 from rpfm_edge.artifact import Artifact
@@ -23,8 +24,8 @@ from rpfm_edge.image import save_png
 from rpfm_edge.metrics import Budget
 from rpfm_edge.pipeline import Pipeline, require_engine
 from rpfm_edge.pose import read_pose
-from rpfm_edge.precisions import CALIBRATED
-from rpfm_edge.recipe import PRECISIONS, Precision, check_method, parse, read_toml
+from rpfm_edge.precisions import CALIBRATED, Precision
+from rpfm_edge.recipe import PRECISIONS, check_method, parse, read_toml
 from rpfm_edge.regression import FAILURES, GateConfig, run_against, run_gate, run_save
 from rpfm_edge.splits import open_splits
 from rpfm_edge.stages import Stages
@@ -144,7 +145,7 @@ def plan(
     kind = artifact.load(source, "student", "graph").kind
     _check_steps(steps, kind)
     if not target or set(options or {}) - {target}:
-        problem = f"options of {sorted(options)[0]!r}" if target and options else "no target"
+        problem = f"options of {sorted(set(options) - {target})[0]!r}" if target and options else "no target"
         raise ConfigError(f"{problem} for precision auto", expected="one target, and its options", fix="give --target")
     config = PlanConfig(target, limits, options=dict((options or {}).get(target, {})), **_given(numbers))
     if kind == "student":
@@ -226,17 +227,18 @@ def validate(
 def bench(bundle: str | Path, backend: str | None = None, runs: int = 50, seconds: float = 3.0) -> dict[str, Any]:
     """Times of prepare and frame on each backend of the bundle (or one), with the packaged sample as input.
 
-    A backend that fails does not end the others: its reason is in ``failures``. If all fail, the first error is raised.
+    A backend that fails does not end the others: its reason is in ``failures``. One whose library is not installed here
+    is in ``skipped`` likewise, unless it was asked for. If none can be timed, the first error is raised.
     """
     loaded = artifact.load(assets.resolve(bundle), "bundle")
     test = open_splits("sample").test
     source, target = (int(i) for i in test.pairs[0])
     size = tuple(loaded.config["size"])
     pose = test.pose(target, size)
-    backends = _backends(loaded, backend)
+    skipped = {} if backend else _not_installed(loaded)
     evidence: dict[str, Any] = {"backends": []}
     failures: dict[str, Exception] = {}
-    for name in backends:
+    for name in [backend] if backend else [name for name in loaded.config["backends"] if name not in skipped]:
         try:
             measured = bench_backend(loaded, name, test.image(source, size), pose, runs, seconds)
             evidence["backends"].append(measured)
@@ -246,6 +248,8 @@ def bench(bundle: str | Path, backend: str | None = None, runs: int = 50, second
         raise next(iter(failures.values()))
     if failures:
         evidence["failures"] = {name: str(error) for name, error in failures.items()}
+    if skipped:
+        evidence["skipped"] = skipped
     if backend is None:
         add_evidence(loaded, "speed", evidence)
     return evidence
@@ -290,6 +294,15 @@ def save_baseline(
     """
     config, loaded = GateConfig(**_given(changes)), artifact.load(assets.resolve(bundle), "bundle")
     return run_save(loaded, _backends(loaded, backend), name, Path(baselines), config)
+
+
+def _not_installed(bundle: Artifact) -> dict[str, str]:
+    """The backends of a bundle whose libraries are not here, with the reason; ``BackendError`` if that is all."""
+    names = list(bundle.config["backends"])
+    reasons = {name: reason for name in names if (reason := runtimes.why_not(name)) is not None}
+    if len(reasons) == len(names):
+        require_engine(bundle, names[0])
+    return reasons
 
 
 def _backends(bundle: Artifact, backend: str | None) -> list[str]:

@@ -18,7 +18,7 @@ from rpfm_edge.breakdown import breakdown
 from rpfm_edge.bundle import add_evidence, size_bytes
 from rpfm_edge.errors import BackendError
 from rpfm_edge.image import load_image
-from rpfm_edge.pipeline import Pipeline, engine_versions
+from rpfm_edge.pipeline import Pipeline, default_backend, engine_versions
 from rpfm_edge.splits import open_splits
 from rpfm_edge.sustained import sustain, write
 from rpfm_edge.validate import plural
@@ -77,7 +77,7 @@ def stages(bundle: str | Path, backend: str | None = None, rounds: int = 30) -> 
 def sustained(bundle: str | Path, minutes: float, out: str | Path, backend: str | None = None) -> dict[str, Any]:
     """Frames without a pause for ``minutes``; ``sustained.json`` and its plot in ``out`` grow with every window."""
     loaded = artifact.load(assets.resolve(bundle), "bundle")
-    name = backend or next(iter(loaded.config["backends"]))
+    name = backend or default_backend(loaded)
     person, pose = _inputs(loaded)
     facts = {key: loaded.config[key] for key in ("precision", "steps")} | {"backend": name, "minutes": minutes}
     with ExitStack() as stack:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -16,12 +17,12 @@ import runtimes
 from rpfm_edge import artifact, bundle, measure
 from rpfm_edge.artifact import Artifact
 from rpfm_edge.bundle import size_bytes
-from rpfm_edge.frontier import device, steady
-from rpfm_edge.metrics import Budget
+from rpfm_edge.frontier import built_by, steady
+from rpfm_edge.metrics import Budget, Summary, compare, missing_metrics
 from rpfm_edge.pipeline import Pipeline
 from rpfm_edge.signature import Feeds
 from rpfm_edge.stages import Stages
-from rpfm_edge.validate import Pairs, bundle_images, limited, measure_stage
+from rpfm_edge.validate import Pairs, bundle_images
 
 if TYPE_CHECKING:
     from quantize.mixed import Assignment, Ranges
@@ -96,13 +97,12 @@ class Candidates:
     def _judged(self, name: str, graph: Path) -> Row:
         folder, target, options = self._folder(name), self.config.target, dict(self.config.options)
         made, images = folder / "bundle", folder / "images.npy"
-        built_by = [target, options, runtimes.load(target).versions(options), device(target)]
+        made_by = [target, built_by(target, options)]
         build = partial(bundle.build, graph, [target], made, {target: options})
-        self.stages.once(f"{name}-bundle", built_by, {"graph": graph}, made, build)
+        self.stages.once(f"{name}-bundle", made_by, {"graph": graph}, made, build)
         render = partial(self._render, made, images)
-        self.stages.once(f"{name}-images", [built_by, self.pairs.digest], {"bundle": made}, images, render)
-        reference = np.load(self._folder(EXACT) / "images.npy")
-        drift = limited(measure_stage(np.load(images), reference, self.pairs, (), ()))
+        self.stages.once(f"{name}-images", [made_by, self.pairs.digest], {"bundle": made}, images, render)
+        drift = self._drift(name, images)
         engines = size_bytes(artifact.load(made, "bundle", verify=False), target)
         return {
             "name": name,
@@ -117,6 +117,17 @@ class Candidates:
         buffer = io.BytesIO()
         np.save(buffer, bundle_images(made, self.config.target, self.pairs))
         artifact.write_bytes(out, buffer.getvalue())
+
+    def _drift(self, name: str, images: Path) -> Summary:
+        """The distances of a candidate's pictures to those of the float graph."""
+        reference, out = self._folder(EXACT) / "images.npy", self._folder(name) / "drift.json"
+
+        def make() -> None:
+            artifact.write_text(out, json.dumps(compare(np.load(reference), np.load(images))))
+
+        inputs: dict[str, str | Path] = {"images": images, "reference": reference}
+        self.stages.once(f"{name}-drift", sorted(missing_metrics()), inputs, out, make)
+        return dict(json.loads(out.read_text(encoding="utf-8")))
 
     def frame_times(self, rows: Sequence[Row]) -> dict[str, measure.Latency]:
         """Candidate → times of a frame (engine and copies; drawing the pose is the same for all), in turns."""

@@ -232,6 +232,8 @@ def bench(
     console.print(table)
     for name, reason in evidence.get("failures", {}).items():
         tables.say(f"{name} failed: {reason}")
+    for name, reason in evidence.get("skipped", {}).items():
+        tables.say(f"{name} skipped: {reason}")
     if json:
         _finish(evidence, json)
     raise typer.Exit(2 if "failures" in evidence else 0)

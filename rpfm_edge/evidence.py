@@ -12,7 +12,7 @@ import numpy as np
 from rpfm_edge import api, artifact, assets
 from rpfm_edge.artifact import Artifact
 from rpfm_edge.bench import bench_backend
-from rpfm_edge.bundle import add_evidence
+from rpfm_edge.bundle import EVIDENCE, add_evidence
 from rpfm_edge.flicker import open_clips
 from rpfm_edge.image import save_png
 from rpfm_edge.metrics import Budget
@@ -63,16 +63,24 @@ def judge(recipe: Recipe, teacher: str | Path, student: str, bundles: Mapping[st
     reference, stages = teacher_stages(teacher, pairs, steps)
     measured = {n: measure_stage(images, reference, pairs, videos.get(n, ()), clips) for n, images in made.items()}
     stages += [{"stage": name, **measures} for name, measures in measured.items()] + truth_stages(pairs, clips)
-    violations = Budget.from_dict(recipe.validate.budget, "the recipe").check(limited(measured[judged]))
+    violations = Budget.from_dict(recipe.validate.budget).check(limited(measured[judged]))
     speed = measure_speed(recipe, opened, pairs.sources[0])
     columns = {"source": pairs.sources, "pose": pairs.skeletons, "ground truth": pairs.truths, "teacher": reference}
     columns |= {name: made[name] for name in (in_torch, judged)}
     found = circumstances(pairs, clips, missing_measures(pairs, test, CLIPS))
-    quality = {**found, "stages": stages, "violations": violations}
-    pictures = save_pictures(out.parent / "pictures", columns, recipe.validate.pictures)
-    artifact.write_text(out, json.dumps({**quality, "speed": speed, "judged": judged, "pictures": pictures}, indent=1))
-    add_evidence(own, "drift", quality)
-    add_evidence(own, "speed", {"backends": [s for s in speed if s["precision"] == recipe.quantize.precision]})
+    found |= {"stages": stages, "violations": violations, "speed": speed, "judged": judged}
+    found["pictures"] = save_pictures(out.parent / "pictures", columns, recipe.validate.pictures)
+    artifact.write_text(out, json.dumps(found, indent=1))
+    keep_evidence(own, found, recipe.quantize.precision)
+
+
+def keep_evidence(own: Artifact, found: Mapping[str, Any], precision: str, missing_only: bool = False) -> None:
+    """Store in the recipe's own bundle what ``judge`` ``found`` on it; ``missing_only``: not what it has already."""
+    drift = {key: value for key, value in found.items() if key not in ("speed", "judged", "pictures")}
+    speed = {"backends": [one for one in found["speed"] if one["precision"] == precision]}
+    for name, evidence in (("drift", drift), ("speed", speed)):
+        if not (missing_only and f"{EVIDENCE}/{name}.json" in own.files):
+            add_evidence(own, name, evidence)
 
 
 def measure_speed(recipe: Recipe, bundles: Mapping[str, Artifact], source: np.ndarray) -> list[dict[str, Any]]:

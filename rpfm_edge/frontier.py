@@ -27,7 +27,7 @@ from rpfm_edge.frontier_table import markdown, pareto, points, psnr
 from rpfm_edge.measure import Call, Latency
 from rpfm_edge.metrics import missing_metrics
 from rpfm_edge.pipeline import Pipeline
-from rpfm_edge.precisions import CALIBRATED
+from rpfm_edge.precisions import CALIBRATED, LEAST_SAMPLES, require_backends
 from rpfm_edge.recipe import PRECISIONS
 from rpfm_edge.splits import open_splits
 from rpfm_edge.stages import Stages, console
@@ -35,6 +35,7 @@ from rpfm_edge.validate import Pairs, bundle_images, circumstances, draw_pairs, 
 
 ON_GPU = ("tensorrt", "torch-tensorrt")  # whose engines belong to one GPU
 REFUSALS = (ArtifactError, BackendError, ParityError, SignatureError, RuntimeError)  # of a graph or an engine
+SETTLE_S = 0.05  # ONNX Runtime's threads spin for so long after a call
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ def measure_frontier(
 
     Args:
         pairs: held-out pairs; every quality is measured on them, at the same noise.
-        samples: calibration samples of INT8.
+        samples: calibration samples (INT8, FP8, NVFP4).
         runs, seconds: rounds at least, and seconds for each engine on average; a round times one frame of every engine.
         options: of backends, by name.
 
@@ -104,8 +105,14 @@ def measure_frontier(
         BackendError: nothing could be measured.
     """
     candidates = _candidates(steps, precisions, backends, options or {})
-    if samples < 1 or runs < 1:
-        raise ConfigError(f"{samples} samples and {runs} runs", expected="at least 1 of each", fix="ask for more")
+    if runs < 1:
+        raise ConfigError(f"{runs} runs", expected="at least 1", fix="ask for more")
+    if samples < LEAST_SAMPLES and (calibrated := [one for one in precisions if one in CALIBRATED]):
+        raise ConfigError(
+            f"{samples} calibration samples for {calibrated[0]}",
+            expected=f"at least {LEAST_SAMPLES}",
+            fix="ask for more, such as 64",
+        )
     config = artifact.load(assets.resolve(student), "student").config
     size, network, test = tuple(config["size"]), config["network"], open_splits(data).test
     drawn = draw_pairs(test, pairs, size, (network["latent_channels"], *network["latent_size"]), seed)
@@ -205,6 +212,7 @@ def _engines(
     for candidate in candidates:
         row = {"name": candidate.name, **{k: getattr(candidate, k) for k in ("steps", "precision", "backend")}}
         try:
+            require_backends(candidate.precision, [candidate.backend])
             key = candidate.steps, candidate.precision
             graphs[key] = graphs.get(key) or _graph(work, *key)
             bundle = _bundle(work, candidate, graphs[key])
@@ -212,7 +220,7 @@ def _engines(
             row |= _quality(work, candidate.name, {"bundle": bundle}, reference, render)
             row["engine_bytes"] = size_bytes(artifact.load(bundle, "bundle", verify=False), candidate.backend)
             bundles[candidate] = bundle
-        except REFUSALS as error:
+        except (*REFUSALS, ConfigError) as error:  # of one combination, as the choices as a whole were checked before
             console.print(f"{candidate.name}: {error}", markup=False, highlight=False)
             row["reason"] = str(error)
         rows.append(row)
@@ -224,8 +232,20 @@ def _bundle(work: _Work, candidate: Candidate, graph: Path) -> Path:
     out = work.folder / "bundles" / candidate.name
     backend, options = candidate.backend, dict(work.options.get(candidate.backend, {}))
     build = partial(api.build, graph, out, backend, {backend: options})
-    made_by = [runtimes.load(backend).versions(options), options, device(backend)]
+    made_by = built_by(backend, options)
     return work.stages.once(f"build-{candidate.name}", made_by, {"graph": graph}, out, build)[0]
+
+
+def built_by(backend: str, options: Mapping[str, Any]) -> list[Any]:
+    """What an engine and its speed depend on beside the graph: the backend's versions, its options and the device.
+
+    Without a GPU there is no device for TensorRT; an engine can still be built for the one that its options name.
+    """
+    try:
+        runs_on = device(backend)
+    except BackendError:
+        runs_on = {}
+    return [runtimes.load(backend).versions(options), dict(options), runs_on]
 
 
 def device(backend: str) -> dict[str, Any]:
@@ -265,14 +285,12 @@ def _times(
 
 
 def steady(calls: Mapping[str, Call], rounds: int, warmup: int = 0) -> dict[str, Latency]:
-    """``measure.interleaved``, with each call three times in a row and the middle one kept.
+    """``measure.interleaved``, where each call that is timed follows others of its own for ``SETTLE_S``.
 
-    So it follows one of its own and not another library's, whose threads still spin for a while and whose weights fill
-    the cache; that is how frames follow each other in a stream.
+    So it does not follow another library's, whose threads still spin for a while and whose weights fill the cache; that
+    is how frames follow each other in a stream.
     """
-    turns = {f"{name}/{k}": call for name, call in calls.items() for k in range(3)}
-    times = measure.interleaved(turns, rounds, warmup)
-    return {name: times[f"{name}/1"] for name in calls}
+    return measure.interleaved(calls, rounds, warmup, SETTLE_S)
 
 
 def _versions(work: _Work, backends: Iterable[str]) -> dict[str, str]:

@@ -91,10 +91,13 @@ def measure(call: Call, warmup: int = 5, min_runs: int = 50, min_seconds: float 
     return Latency(tuple(values))
 
 
-def interleaved(calls: Mapping[str, Call], rounds: int, warmup: int = 5) -> dict[str, Latency]:
+def interleaved(calls: Mapping[str, Call], rounds: int, warmup: int = 5, settle_s: float = 0.0) -> dict[str, Latency]:
     """Time several calls in turns, so that their ratios hold on a machine whose speed drifts.
 
-    Every round runs each call once; odd rounds go backwards, so that none always follows the same one.
+    Every round times each call once; odd rounds go backwards, so that none always follows the same one.
+
+    Args:
+        settle_s: above 0, a call is repeated for so long before it is timed, once at least: then it follows itself.
     """
     _check_counts(warmup, rounds)
     for call in calls.values():
@@ -103,8 +106,15 @@ def interleaved(calls: Mapping[str, Call], rounds: int, warmup: int = 5) -> dict
     values: dict[str, list[float]] = {name: [] for name in calls}
     for index in range(rounds):
         for name in list(calls)[:: -1 if index % 2 else 1]:
+            _settle(calls[name], settle_s)
             values[name].append(_timed(calls[name]))
     return {name: Latency(tuple(times)) for name, times in values.items()}
+
+
+def _settle(call: Call, seconds: float) -> None:
+    left = seconds
+    while left > 0:
+        left -= _timed(call)
 
 
 def _check_counts(warmup: int, runs: int) -> None:

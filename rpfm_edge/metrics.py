@@ -10,7 +10,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypedDict
@@ -109,12 +109,6 @@ def cosine(a: ArrayLike, b: ArrayLike) -> float:
     x, y = _float_pair(a, b)
     norms = float(np.linalg.norm(x) * np.linalg.norm(y))
     return float(np.vdot(x, y)) / norms if norms else float("nan")
-
-
-def max_abs(a: ArrayLike, b: ArrayLike) -> float:
-    """The largest absolute difference of two arrays."""
-    x, y = _float_pair(a, b)
-    return float(np.max(np.abs(x - y), initial=0))
 
 
 def check_image(image: np.ndarray) -> None:
@@ -358,17 +352,15 @@ class Budget:
             raise ConfigError(f"{path} cannot be read ({error})", expected="a TOML file", fix="correct it") from None
         if not isinstance(table, dict):
             raise ConfigError(f"{path} has no table [drift]", expected="one, with limits", fix="add it")
-        return cls.from_dict(table, str(path))
+        return cls.from_dict(table, f"{path} [drift]")
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any], origin: str = "the budget") -> Budget:
-        """The table ``[drift]`` as a mapping; ``origin`` is named in errors, which are those of ``load``."""
+        """The limits as a mapping; ``origin`` is named in errors, which are those of ``load``."""
         known = [field.name for field in fields(cls)]
         for key, value in table.items():
             if key not in known:
-                raise ConfigError(
-                    f"{origin} has {key!r} in [drift]", expected=f"one of {known}", fix="check the spelling"
-                )
+                raise ConfigError(f"{origin} has {key!r}", expected=f"one of {known}", fix="check the spelling")
             if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
                 raise ConfigError(f"{origin} sets {key} = {value!r}", expected="a finite number", fix="correct it")
         return cls(**table)
@@ -392,3 +384,21 @@ class Budget:
                 words = "below" if side == "min" else "above"
                 violations.append(f"{name} {average} {value:.4g} is {words} the limit {limit:g} ({field.name})")
         return violations
+
+
+def require_distances(budget: Budget, origin: str = "a budget") -> None:
+    """Raise ``ConfigError`` for a limit on something else than the distance of two pictures, as it can be measured
+    here."""
+    limits, missing = {key: value for key, value in asdict(budget).items() if value is not None}, missing_metrics()
+    for limit in limits:
+        metric = limit.rpartition("_")[0]
+        if metric in ("flicker", "pck"):
+            raise ConfigError(
+                f"{origin} with {limit}",
+                expected="limits on the distance to the float graph",
+                fix="validate the bundle",
+            )
+        if metric in missing:
+            raise ConfigError(
+                f"{origin} with {limit}, which cannot be measured here", expected="other limits", fix=missing[metric]
+            )

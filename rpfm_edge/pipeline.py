@@ -42,6 +42,14 @@ def require_engine(bundle: Artifact, backend: str) -> Runtime:
     return runtime
 
 
+def default_backend(bundle: Artifact) -> str:
+    """The first backend of ``bundle`` that is installed here; its very first one if none is, which is then refused."""
+    import runtimes
+
+    names: list[str] = list(bundle.config["backends"])
+    return next((name for name in names if runtimes.why_not(name) is None), names[0])
+
+
 def engine_versions(bundle: Artifact, backend: str) -> dict[str, str]:
     """The versions of the libraries that run the engine of ``backend`` with the options of ``bundle``."""
     return require_engine(bundle, backend).versions(bundle.config["backends"][backend])
@@ -66,20 +74,19 @@ class Pipeline:
 
     @classmethod
     def open(cls, bundle: str | Path, backend: str | None = None) -> Pipeline:
-        """Load a bundle on one of the backends that it was built for (default: the first).
+        """Load a bundle on one of the backends that it was built for (default: the first that is installed here).
 
         Raises:
             ArtifactError: the bundle is missing, damaged or another kind of artifact.
             BackendError: the bundle has no engine for ``backend``, or its library is not installed.
         """
         loaded = artifact.load(assets.resolve(bundle), "bundle")
-        backends = loaded.config["backends"]
-        name = backend or next(iter(backends))
-        runtime = require_engine(loaded, name)
+        name = backend or default_backend(loaded)
+        runtime, options = require_engine(loaded, name), loaded.config["backends"][name]
         with ExitStack() as stack:
             prepare, frame = (
                 stack.enter_context(
-                    runtime.open(loaded.path / "engines" / name / graph, loaded.signatures[graph], backends[name])
+                    runtime.open(loaded.path / "engines" / name / graph, loaded.signatures[graph], options)
                 )
                 for graph in ("prepare", "frame")
             )

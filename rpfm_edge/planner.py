@@ -27,11 +27,12 @@ from rpfm_edge.artifact import Artifact, finite
 from rpfm_edge.bundle import EVIDENCE
 from rpfm_edge.candidates import EXACT, Candidates, PlanConfig, Row
 from rpfm_edge.errors import ArtifactError, BackendError, ConfigError
-from rpfm_edge.frontier import REFUSALS, device
+from rpfm_edge.frontier import REFUSALS, built_by
 from rpfm_edge.frontier_table import pareto
 from rpfm_edge.measure import Latency
-from rpfm_edge.metrics import Budget, missing_metrics
+from rpfm_edge.metrics import Budget, require_distances
 from rpfm_edge.plan_table import psnr_db
+from rpfm_edge.precisions import STUDENT_ONLY
 from rpfm_edge.splits import open_splits
 from rpfm_edge.stages import Stages, console
 from rpfm_edge.validate import draw_pairs
@@ -56,7 +57,8 @@ def plan_precision(graph: Artifact, data: str | Path, out: Path, config: PlanCon
         the float graph, frame times, violations, whether none is faster and closer), ``chosen``, and the circumstances;
         also kept as ``evidence/plan.json`` of the artifact. If nothing meets the budget, ``chosen`` is None, ``best``
         names the nearest, and nothing is written but ``frontier.json`` and ``report.html`` in ``work_folder(out)``,
-        which are always there. Candidates that could not be made stand in ``refused`` with the reason.
+        which are always there. Candidates that could not be made stand in ``refused`` with the reason; if the time that
+        units save cannot be measured for want of one of them, ``unmeasured`` says why.
 
     Raises:
         ArtifactError: a graph that is quantized already.
@@ -77,11 +79,11 @@ def plan_precision(graph: Artifact, data: str | Path, out: Path, config: PlanCon
     candidates.exact()  # first of all: it shows soon whether the target works here
     study = Study(graph, splits.training, pairs, narrowed, stages)
     effects = study.effects()
-    saved_s = _saved_s(study, candidates)
+    saved_s, unmeasured = _saved_s(study, candidates)
     rows, refused = _explore(study, candidates, ordered(effects, saved_s))
     frontier = _frontier(rows, candidates.frame_times(rows))
     result = _result(config, study, effects, saved_s, frontier)
-    result |= {"refused": refused, "pairs": pairs.names, "data": str(data)}
+    result |= {"refused": refused, "unmeasured": unmeasured, "pairs": pairs.names, "data": str(data)}
     artifact.write_text(stages.folder / "frontier.json", json.dumps(finite(result), indent=1))
     _report(stages.folder / "report.html", result)
     if result["chosen"]:
@@ -102,48 +104,48 @@ def _check(graph: Artifact, config: PlanConfig) -> None:
     if min(config.points, config.rounds, config.probes) < 1:
         counts = f"{config.points} points, {config.rounds} rounds and {config.probes} probes"
         raise ConfigError(counts, expected="at least 1 of each", fix="ask for more")
-    if config.target in ("torch", "torch-tensorrt"):
+    if config.target in STUDENT_ONLY:
         raise ConfigError(
             f"{config.target} runs the float student only", expected="a backend that runs graphs", fix="choose one"
         )
     runtimes.load(config.target)
-    check_budget(config.budget)
+    require_distances(config.budget)
 
 
-def check_budget(budget: Budget) -> None:
-    """Raise ``ConfigError`` for a limit on something else than the distance to the float graph, as measured here."""
-    limits, missing = {key: value for key, value in asdict(budget).items() if value is not None}, missing_metrics()
-    for limit in limits:
-        metric = limit.rpartition("_")[0]
-        if metric in ("flicker", "pck"):
-            raise ConfigError(
-                f"a budget with {limit}",
-                expected="limits on the distance to the float graph",
-                fix="validate the bundle",
-            )
-        if metric in missing:
-            raise ConfigError(
-                f"a budget with {limit}, which cannot be measured here", expected="other limits", fix=missing[metric]
-            )
-
-
-def _saved_s(study: Study, candidates: Candidates) -> dict[str, float]:
+def _saved_s(study: Study, candidates: Candidates) -> tuple[dict[str, float], str | None]:
     """Unit → seconds that it saves in a frame when it is INT8, by profiles of the float engine and of one all in INT8.
 
-    Without a profile the difference of the two frames is divided by work. Prepare saves its share of every frame.
+    Without a profile the difference of the two frames is divided by work. Prepare saves its share of every frame. If
+    one of the two engines cannot be made, the reason is returned, too, and a unit counts with its share of the work.
     """
     from quantize.study import PREPARE
 
     names = [*(unit.name for unit in study.units), *([PREPARE] if study.whole else [])]
-    rows = [_base(candidates), _mixed(study, candidates, names)]
+    refusal: str | None = None
+    try:
+        rows = [_base(candidates), _mixed(study, candidates, names)]
+    except REFUSALS as error:
+        console.print(f"{error} So units count by their multiplications.", markup=False, highlight=False)
+        rows, refusal = [{**candidates.exact(), "units": []}], str(error)
     out, engines = study.stages.folder / "saved.json", {row["name"]: row["bundle"] for row in rows}
 
     def measured() -> None:
-        artifact.write_text(out, json.dumps(_measured_s(study, candidates, rows)))
+        found = _spent_s(study, candidates, rows) if refusal else _measured_s(study, candidates, rows)
+        artifact.write_text(out, json.dumps(found))
 
-    made_by = [names, PROFILES, device(candidates.config.target)]
+    made_by = [names, PROFILES, built_by(candidates.config.target, candidates.config.options)]
     study.stages.once("saved", made_by, engines, out, measured)  # kept: another order would make other candidates
-    return dict(json.loads(out.read_text(encoding="utf-8")))
+    return dict(json.loads(out.read_text(encoding="utf-8"))), refusal
+
+
+def _spent_s(study: Study, candidates: Candidates, exact: Sequence[Row]) -> dict[str, float]:
+    """Unit → its share, by work, of the seconds that the float graph takes: the most that it could save."""
+    from quantize.plan import divided_by_work
+    from quantize.study import PREPARE
+
+    frame, prepare = candidates.frame_times(exact)[EXACT], candidates.prepare_times(exact)[EXACT]
+    spent = divided_by_work(study.models["frame"], study.units, frame.p50_s)
+    return spent | {PREPARE: prepare.p50_s / FRAMES_PER_PERSON}
 
 
 def _base(candidates: Candidates) -> Row:

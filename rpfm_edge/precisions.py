@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 from rpfm_edge import jetson
 from rpfm_edge.errors import ConfigError
 
+Precision = Literal["fp32", "fp16", "int8", "int8-weights", "int4-weights", "fp8", "nvfp4"]
 CALIBRATED = ("int8", "fp8", "nvfp4")  # on samples
+LEAST_SAMPLES = 8  # fewer show too little of the range of an activation
+STUDENT_ONLY = ("torch", "torch-tensorrt")  # they run the student itself, not its graphs, so FP32 alone
 BACKENDS = {"fp8": ("tensorrt",), "nvfp4": ("tensorrt",)}  # a precision that is not listed runs on all
 GPUS = {
     "fp8": "8.9 or later: Ada, Hopper, Blackwell, Jetson Thor",
     "nvfp4": "10.0 or later: Blackwell, Jetson Thor",
 }
+
+
+def computes(backend: str, precision: str) -> bool:
+    """Whether there is an engine of a student in ``precision`` for ``backend``."""
+    return backend in BACKENDS.get(precision, (backend,)) and (precision == "fp32" or backend not in STUDENT_ONLY)
 
 
 def require_backends(precision: str, backends: Iterable[str]) -> None:

@@ -12,15 +12,14 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from rpfm_edge import artifact, assets
 from rpfm_edge.errors import ArtifactError, ConfigError
-from rpfm_edge.metrics import Budget
-from rpfm_edge.precisions import require_backends
+from rpfm_edge.metrics import Budget, require_distances
+from rpfm_edge.precisions import CALIBRATED, LEAST_SAMPLES, STUDENT_ONLY, Precision, computes, require_backends
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-Precision = Literal["fp32", "fp16", "int8", "int8-weights", "int4-weights", "fp8", "nvfp4"]
 PRECISIONS = get_args(Precision)
 Method = Literal["ptq", "sweep", "accuracy-control"]
 METHODS = get_args(Method)
@@ -191,8 +190,8 @@ def load_recipe(path: Path | str) -> Recipe:
     """Read a recipe.
 
     Raises:
-        ConfigError: a missing or broken file, an unknown key, a value of another type, a name of no student, or a
-            target that does not compute in a precision.
+        ConfigError: a missing or broken file, an unknown key, a value of another type or one that cannot work, a name
+            of no student, or a target that does not compute in a precision.
         ArtifactError: a student that is given as an artifact and is none.
     """
     table = read_toml(Path(path))
@@ -206,12 +205,95 @@ def load_recipe(path: Path | str) -> Recipe:
     recipe = parse(Recipe, table, str(path))
     _check_names(recipe, str(path))
     _check_student(recipe, str(path))
-    for precision in (recipe.quantize.precision, *recipe.quantize.also):
-        require_backends(precision, recipe.build.targets)
+    _check_counts(recipe, str(path))
+    _check_distill(recipe, str(path))
+    _check_targets(recipe, str(path))
+    _check_samples(recipe, str(path))
     asked = recipe.quantize
     check_method(asked.method, asked.least_psnr_db, "int8" if "int8" in asked.also else asked.precision)
     _check_quantize(recipe, str(path))
+    Budget.from_dict(recipe.validate.budget, f"{path} [validate.budget]")
+    _check_render(recipe.render, str(path))
     return recipe
+
+
+COUNTS = ("steps", "batch", "trajectories", "targets_per_source", "sources", "autoencoder_batch", "pairs", "runs")
+
+
+def _check_counts(table: Any, where: str) -> None:
+    """No count, in this table or one inside it, is below 1."""
+    for one in fields(table):
+        value = getattr(table, one.name)
+        values = value if isinstance(value, tuple) else (value,)
+        for number, inner in enumerate(values, 1):
+            if is_dataclass(inner):
+                title = f"[[{one.name}]] {number}" if values is value else f"[{one.name}]"
+                _check_counts(inner, f"{where} {title}")
+        if one.name in COUNTS and value is not None and min(values, default=0) < 1:
+            shown = list(values) if values is value else value
+            raise ConfigError(f"{where}: {one.name} = {shown}", expected="at least 1", fix="correct the value")
+
+
+def _check_distill(recipe: Recipe, where: str) -> None:
+    """Every student can be trained as it is asked for."""
+    for name, table in recipe.students.items():
+        title, weight = f"{where} [[distill]] {name}", table.perceptual_weight
+        if table.method != "reflow" and table.steps not in (1, 2, 4, 8):
+            raise ConfigError(
+                f"{title}: steps = {table.steps}",
+                expected=f"1, 2, 4 or 8 with {table.method}",
+                fix="choose one of them",
+            )
+        if weight is not None and (weight < 0 or table.method != "endpoint"):
+            raise ConfigError(
+                f"{title}: perceptual_weight = {weight:g} with method {table.method}",
+                expected="0 or more, with endpoint",
+                fix="leave it out, or distill by endpoint",
+            )
+
+
+def _check_targets(recipe: Recipe, where: str) -> None:
+    """There is a target, every one computes in the precisions of [quantize], and some one in each of [frontier]."""
+    targets, table = recipe.build.targets, recipe.quantize
+    if not targets:
+        raise ConfigError(f"{where} [build]: targets = []", expected="at least one", fix="name one, or leave it out")
+    asked: list[tuple[str, str]] = [("[quantize]: precision", table.precision)]
+    asked += [("[quantize]: also", precision) for precision in table.also]
+    unfit = [(key, one) for key, one in asked if one != "fp32" and set(targets) & set(STUDENT_ONLY)]
+    if recipe.frontier:
+        measured = [("[frontier]: precisions", one) for one in recipe.frontier.precisions]
+        unfit += [(key, one) for key, one in measured if not any(computes(target, one) for target in targets)]
+    for _, precision in asked:
+        require_backends(precision, targets)
+    if unfit:
+        raise ConfigError(
+            f"{where} {unfit[0][0]} {unfit[0][1]} for {list(targets)}",
+            expected="what goes together",
+            fix="leave the precision out, or targets that do not run it, as torch and torch-tensorrt run fp32 only",
+        )
+
+
+def _check_samples(recipe: Recipe, where: str) -> None:
+    """Where something is calibrated, the samples are enough for it."""
+    table, frontier = recipe.quantize, recipe.frontier
+    asked = [("[quantize]", table.samples, (table.precision, *table.also))]
+    asked += [("[frontier]", frontier.samples, frontier.precisions)] if frontier else []
+    for title, samples, precisions in asked:
+        calibrated = [one for one in precisions if one in (*CALIBRATED, "auto")]
+        if calibrated and samples < LEAST_SAMPLES:
+            raise ConfigError(
+                f"{where} {title}: samples = {samples} for {calibrated[0]}",
+                expected=f"at least {LEAST_SAMPLES}",
+                fix="ask for more, such as 64",
+            )
+
+
+def _check_render(table: RenderTable, where: str) -> None:
+    if bool(table.source) != bool(table.pose):
+        given, other = ("source", "pose") if table.source else ("pose", "source")
+        raise ConfigError(
+            f"{where} [render]: {given} without {other}", expected="both", fix=f"give {other}, or leave {given} out"
+        )
 
 
 def _check_quantize(recipe: Recipe, where: str) -> None:
@@ -219,15 +301,14 @@ def _check_quantize(recipe: Recipe, where: str) -> None:
     table, targets = recipe.quantize, recipe.build.targets
     if table.precision != "auto" and table.budget:
         problem, fix = f"[quantize.budget] with precision {table.precision}", 'set precision = "auto", or leave it out'
-    elif table.precision == "auto" and set(targets) & {"torch", "torch-tensorrt"}:
-        problem, fix = f"precision auto for {list(targets)}", "leave targets out that run the float student only"
     elif table.precision == "auto" and "tensorrt" in targets and len(targets) > 1:
         problem, fix = f"precision auto for {list(targets)}", "plan for tensorrt alone, which needs a graph of its own"
     elif recipe.qad and table.precision not in (recipe.qad.precision, "auto"):
         problem = f"[qad] for {recipe.qad.precision} and [quantize] precision {table.precision}"
         fix = "fine-tune for the precision of the bundle"
     else:
-        Budget.from_dict(table.budget, f"{where} [quantize.budget]")
+        origin = f"{where} [quantize.budget]"
+        require_distances(Budget.from_dict(table.budget, origin), origin)
         return
     raise ConfigError(f"{where}: {problem}", expected="what goes together", fix=fix)
 

@@ -213,35 +213,6 @@ def _colour(level: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(cv2.applyColorMap(level, cv2.COLORMAP_INFERNO)[:, :, ::-1])
 
 
-def contact_sheet(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str]) -> np.ndarray:
-    """Rows of uint8 (H, W, 3) images under one title per column, on white; smaller images are centred in their cell.
-
-    Titles are drawn with OpenCV's letters, which are ASCII. Returns uint8 (H', W', 3) RGB.
-    """
-    if not rows or any(len(row) != len(titles) for row in rows) or not titles:
-        raise InputError(
-            f"{len(titles)} titles for rows of {sorted({len(row) for row in rows})} images",
-            expected="at least one row, and as many images in each as titles",
-            fix="add or drop titles",
-        )
-    for image in (image for row in rows for image in row):
-        check_image(image)
-    height, width = (max(image.shape[axis] for row in rows for image in row) for axis in (0, 1))
-    gap, header = 6, 28
-    sheet = np.full((header + len(rows) * (height + gap), len(titles) * (width + gap) + gap, 3), 255, np.uint8)
-    for column, title in enumerate(titles):
-        size = cv2.getTextSize(title, cv2.FONT_HERSHEY_SIMPLEX, 1, 1)[0][0]
-        scale = min(0.45, (width - 4) / max(size, 1))
-        origin = (gap + column * (width + gap) + 2, header - 10)
-        cv2.putText(sheet, title, origin, cv2.FONT_HERSHEY_SIMPLEX, scale, (40, 40, 40), 1, cv2.LINE_AA)
-    for r, row in enumerate(rows):
-        for c, image in enumerate(row):
-            top = header + r * (height + gap) + (height - image.shape[0]) // 2
-            left = gap + c * (width + gap) + (width - image.shape[1]) // 2
-            sheet[top : top + image.shape[0], left : left + image.shape[1]] = image
-    return sheet
-
-
 def _plain(value: Any) -> str:
     """Words as they are, a table as a line for each key, what is inside it indented, and anything else as JSON."""
     if isinstance(value, Mapping) and value:
@@ -367,13 +338,22 @@ def _plan(result: Mapping[str, Any] | None, safe: type[str]) -> dict[str, Any] |
         (1e3 * row["frame"]["p50_s"], psnr_db(row), row["name"] == result["chosen"]) for row in result["frontier"]
     ]
     return {
-        "caption": plan_caption(result),
+        "caption": f"{plan_caption(result)}{_unmeasured(result)}",
         "columns": PLAN_COLUMNS,
         "lines": plan_lines(result),
         "frontier": safe(plan_plot("drift against frame time", candidates, result["budget"].get("psnr_db_min"))),
         "sensitivity": safe(sensitivity_plot("error and time saved of every unit", layers)),
         "units": sorted(result["units"], key=lambda unit: -unit["mse"]),
     }
+
+
+def _unmeasured(result: Mapping[str, Any]) -> str:
+    """What stands in the place of the time saved, where that could not be measured."""
+    if not (reason := result.get("unmeasured")):
+        return ""
+    return (
+        f" The time that units save was not measured ({reason.rstrip('.')}); shares of the frame by work stand for it."
+    )
 
 
 def _training(

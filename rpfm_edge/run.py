@@ -9,10 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rpfm_edge import api
+from rpfm_edge import api, artifact
 from rpfm_edge.artifact import json_digest
 from rpfm_edge.errors import ConfigError
-from rpfm_edge.evidence import judge, render_picture, write_page
+from rpfm_edge.evidence import judge, keep_evidence, render_picture, write_page
+from rpfm_edge.frontier import built_by, measure_frontier
 from rpfm_edge.gain import GainConfig, measure_gain
 from rpfm_edge.keypoints import missing_pose
 from rpfm_edge.metrics import missing_metrics
@@ -37,18 +38,20 @@ def run_recipe(path: Path) -> dict[str, Any]:
 
     evidence, config = out / "evidence.json", asdict(recipe)
     inputs: dict[str, str | Path] = {"teacher": teacher, "student": student, **bundles}
-    judged = {k: config[k] for k in ("data", "seed", "validate", "bench", "quantize")}
-    judged["missing"] = _missing()
+    judged = {k: config[k] for k in ("data", "seed", "validate", "bench", "quantize", "build")}
+    judged |= {"missing": _missing(), "built_by": _built_by(recipe)}
     stages.once("evidence", judged, inputs, evidence, lambda: judge(recipe, teacher, student, bundles, evidence))
-
+    found = json.loads(evidence.read_text(encoding="utf-8"))
     picture, bundle = out / "render.png", out / "bundle"
+    own = artifact.load(bundle, "bundle", verify=False)  # one made again, with the same content, has lost its evidence
+    keep_evidence(own, found, recipe.quantize.precision, missing_only=True)
+
     shown = {"bundle": bundle, "data": recipe.data} | {k: v for k, v in config["render"].items() if v}
     stages.once("render", config["render"], shown, picture, lambda: render_picture(recipe, bundle, picture))
     sources: dict[str, str | Path] = {"evidence": evidence, "picture": picture}
     sources |= {"gain": out / "gain.json", "frontier": out / "frontier" / "frontier.json"}
     page = out / "report.html"
     stages.once("report", config, sources, page, lambda: write_page(recipe, path, teacher, student, students, page))
-    found = json.loads(evidence.read_text(encoding="utf-8"))
     return {
         "bundle": str(bundle),
         "report": str(page),
@@ -153,7 +156,8 @@ def _plan(recipe: Recipe, stages: Stages, graph: Path, out: Path) -> None:
                 fix=f"see {out}.plan/report.html",
             )
 
-    config = [target, options, dict(table.budget), table.samples, seed]
+    made_by = built_by(target, options[target])
+    config = [target, made_by, dict(table.budget), table.samples, seed]
     stages.once("auto", config, {"graph": graph, "data": recipe.data}, out, make)
 
 
@@ -162,10 +166,15 @@ def _build(recipe: Recipe, stages: Stages, precision: str, graph: Path) -> Path:
     out = stages.folder / "bundle" if chosen else stages.folder / "bundles" / precision
     options: dict[str, dict[str, Any]] = {name: recipe.build.options(name) for name in recipe.build.targets}
     targets = list(recipe.build.targets)
-    stages.once(
-        f"build-{precision}", [targets, options], {"graph": graph}, out, lambda: api.build(graph, out, targets, options)
-    )
+    made_by = [targets, _built_by(recipe)]
+    build = partial(api.build, graph, out, targets, options)
+    stages.once(f"build-{precision}", made_by, {"graph": graph}, out, build)
     return out
+
+
+def _built_by(recipe: Recipe) -> dict[str, Any]:
+    """Target → what its engines and their speed depend on."""
+    return {target: built_by(target, recipe.build.options(target)) for target in recipe.build.targets}
 
 
 def _missing() -> list[str]:
@@ -191,15 +200,13 @@ def _frontier(recipe: Recipe, stages: Stages, teacher: str | Path, student: str)
     """``frontier/``: quality against speed, where the recipe asks for it."""
     if recipe.frontier is None:
         return
-    from rpfm_edge.frontier import measure_frontier
-
     out, bench = stages.folder / "frontier", asdict(recipe.bench)
     targets = recipe.build.targets
     options = {name: recipe.build.options(name) for name in targets}
     config = {**asdict(recipe.frontier), "backends": targets, "options": options, "seed": recipe.seed, **bench}
     stages.once(
         "frontier",
-        [config, recipe.data],
+        [config, recipe.data, _built_by(recipe)],
         {"teacher": teacher, "student": student},
         out / "frontier.json",
         lambda: measure_frontier(student, teacher, recipe.data, out, **config),

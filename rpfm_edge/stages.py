@@ -16,7 +16,7 @@ from rpfm_edge.artifact import file_digest, json_digest, tool_versions, write_te
 from rpfm_edge.errors import ArtifactError
 
 console = Console(stderr=True)
-LIBRARIES = ("torch", "onnx", "onnxsim", "onnxruntime", "nncf", "openvino")
+LIBRARIES = ("torch", "onnx", "onnxsim", "onnxruntime", "onnxruntime-gpu", "nncf", "openvino")
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,6 @@ from rpfm_edge.errors import ConfigError
 from rpfm_edge.measure import Call
 
 WINDOW_S = 10.0
-HELD = 0.95  # of the first windows' frame rate: below it a device has slowed down
 Window = dict[str, Any]
 
 

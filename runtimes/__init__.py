@@ -42,13 +42,15 @@ def load(name: str) -> Runtime:
         ) from error
 
 
+def why_not(name: str) -> str | None:
+    """None if the backend ``name`` is usable, or else why not and what to do."""
+    try:
+        load(name)
+    except BackendError as error:
+        return str(error)
+    return None
+
+
 def available() -> dict[str, str | None]:
-    """Backend name → None if it is usable, or else why not and what to do."""
-    reasons: dict[str, str | None] = {}
-    for name in BACKENDS:
-        try:
-            load(name)
-            reasons[name] = None
-        except BackendError as error:
-            reasons[name] = str(error)
-    return reasons
+    """Every backend → None if it is usable, or else why not and what to do."""
+    return {name: why_not(name) for name in BACKENDS}

@@ -305,6 +305,24 @@ def test_a_backend_that_is_not_installed(
     assert not contents(tmp_path)
 
 
+def test_a_bundle_with_an_engine_whose_library_is_not_here(
+    call: Call, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, find = tmp_path / "bundle", runtimes.find_spec
+    call("build", made["graph"], "--target", "openvino", "--target", "onnxruntime", "--out", bundle)
+    with Pipeline.open(bundle) as pipe:
+        assert pipe.backend == "openvino"
+    monkeypatch.setattr(runtimes, "find_spec", lambda name: None if name == "openvino" else find(name))
+    with Pipeline.open(bundle) as pipe:
+        assert pipe.backend == "onnxruntime"
+    ended = call("bench", bundle, "--runs", 3, "--seconds", 0.01, "--json")
+    assert [result["backend"] for result in last_json(ended)["backends"]] == ["onnxruntime"]
+    assert "openvino skipped: backend openvino is not installed" in ended.out
+    is_fault(call("bench", bundle, "--backend", "openvino"), "openvino is not installed")
+    monkeypatch.setattr(runtimes, "find_spec", lambda name: None)
+    is_fault(call("bench", bundle), "openvino is not installed")
+
+
 def test_a_stage_whose_library_is_not_installed(
     call: Call, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,7 @@ from runtimes import ov
 from tests.distill.tiny import SIZE
 from tests.toy import make_teacher
 
-SMALL: dict[str, Any] = {"pairs": 2, "samples": 4, "runs": 2, "seconds": 0.01}
+SMALL: dict[str, Any] = {"pairs": 2, "samples": 8, "runs": 2, "seconds": 0.01}
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +136,23 @@ def test_an_engine_that_fails_is_a_row_with_the_reason(
     assert kept.stat().st_mtime_ns == before  # what worked is not
 
 
+def test_a_precision_that_a_backend_lacks_is_a_row_with_the_reason(made: dict[str, Any], tmp_path: Path) -> None:
+    where = (made["student"], made["teacher"], "sample", tmp_path)
+    options = {**SMALL, "steps": (1,), "precisions": ("fp8", "fp32"), "backends": ("onnxruntime",)}
+    rows = {row["name"]: row for row in frontier.measure_frontier(*where, **options)["rows"]}
+    assert rows["1-fp8-onnxruntime"]["reason"].startswith("onnxruntime does not compute in fp8: expected the backend")
+    assert "frame" in rows["1-fp32-onnxruntime"]
+    assert not (tmp_path / "work" / "graphs" / "1-fp8").exists()  # refused before it is calibrated
+
+
+def test_options_that_a_backend_refuses_are_rows_with_the_reason(made: dict[str, Any], tmp_path: Path) -> None:
+    where = (made["student"], made["teacher"], "sample", tmp_path)
+    options = {**SMALL, "steps": (1,), "precisions": ("fp32",), "options": {"openvino": {"thread": 1}}}
+    rows = {row["name"]: row for row in frontier.measure_frontier(*where, **options)["rows"]}
+    assert "'thread'" in rows["1-fp32-openvino"]["reason"]
+    assert "frame" in rows["1-fp32-onnxruntime"]
+
+
 def test_nothing_that_runs_is_an_error(made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError("no memory")
@@ -154,8 +171,9 @@ def test_nothing_that_runs_is_an_error(made: dict[str, Any], tmp_path: Path, mon
         ({"backends": ["onnx"]}, "unknown backend 'onnx': expected one of"),
         ({"steps": []}, r"steps \[\]: expected at least one number"),
         ({"steps": [2, 0]}, r"steps \[2, 0\]: expected"),
-        ({"samples": 0}, "0 samples and 30 runs: expected at least 1 of each"),
-        ({"runs": 0}, "64 samples and 0 runs"),
+        ({"samples": 7}, "7 calibration samples for int8: expected at least 8"),
+        ({"samples": 7, "precisions": ["fp32", "fp8"]}, "7 calibration samples for fp8"),
+        ({"runs": 0}, "0 runs: expected at least 1"),
         ({"pairs": 0}, "0 pairs: expected at least 1"),
         (
             {"options": {"tensorrt": {}}},
@@ -211,11 +229,12 @@ def test_a_call_follows_one_of_its_own() -> None:
 
     def call(name: str) -> None:
         order.append(name)
-        time.sleep(0.004 if order.count(name) % 3 == 2 else 0)
+        time.sleep((0.9 if order.count(name) % 3 == 0 else 0.6) * frontier.SETTLE_S)
 
     times = frontier.steady({name: lambda name=name: call(name) for name in "ab"}, rounds=3)
     assert "".join(order) == "aaabbb" + "bbbaaa" + "aaabbb"
-    assert all(len(latency.values_s) == 3 and min(latency.values_s) >= 0.004 for latency in times.values())
+    least = 0.9 * frontier.SETTLE_S
+    assert all(len(latency.values_s) == 3 and min(latency.values_s) >= least for latency in times.values())
 
 
 def row(name: str, psnr: float, p50_s: float | None = None, **more: Any) -> dict[str, Any]:

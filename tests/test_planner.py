@@ -13,7 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 import runtimes
+from quantize import mixed
 from quantize.int8 import int8_products
+from quantize.plan import divided_by_work
+from quantize.units import units
 from rpfm_edge import api, artifact, bundle, validate
 from rpfm_edge.artifact import Artifact
 from rpfm_edge.candidates import Candidates, PlanConfig
@@ -97,12 +100,14 @@ def test_finished_work_is_not_done_again(
         raise AssertionError("made again")
 
     made = ("rpfm_edge.candidates.bundle_images", "rpfm_edge.bundle.build", "quantize.study.observe")
+    made += ("rpfm_edge.candidates.compare",)  # nor are pictures compared again
     for target in (*made, "quantize.mixed.write", "quantize.sensitivity.write_text"):
         monkeypatch.setattr(target, never)
     monkeypatch.setattr(Candidates, "frame_times", falling_times)
     monkeypatch.setattr("quantize.study.Study._error", lambda self, name: result["estimators"][name])
     config = PlanConfig("openvino", Budget(psnr_db_min=30), **SMALL)
     again = plan_precision(tiny_graph, "sample", out, config)
+    assert result["unmeasured"] is None
     assert [row["against_float"] for row in again["frontier"]] == [row["against_float"] for row in result["frontier"]]
     assert again["units"] == result["units"]
 
@@ -153,6 +158,34 @@ def test_a_backend_without_a_profile_divides_the_time_by_work(
     assert len({value > 0 for value in saved}) == 1  # shares of one difference
 
 
+def test_an_int8_graph_that_is_refused_leaves_the_others(
+    tiny_graph: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All in INT8 cannot be made, so units count by their work, and what can be made is planned."""
+    write = mixed.write
+
+    def refuse_all(graph: Artifact, assignment: mixed.Assignment, *rest: Any) -> Artifact:
+        if len(assignment.int8["frame"]) == most:
+            raise ParityError("all in INT8 overflows", expected="finite values", fix="keep some in float")
+        return write(graph, assignment, *rest)
+
+    frame = onnx.load(tiny_graph.file("frame.onnx"))
+    most, work = len(units(frame)), divided_by_work(frame, units(frame), 1.0)
+    monkeypatch.setattr(mixed, "write", refuse_all)
+    monkeypatch.setattr(Candidates, "frame_times", falling_times)
+    result = plan_precision(
+        tiny_graph, "sample", tmp_path / "out", PlanConfig("openvino", Budget(psnr_db_min=30), **SMALL)
+    )
+    everything = f"int8-{most + 1}"  # with the prepare graph
+    assert "all in INT8 overflows" in result["unmeasured"]
+    assert everything in [row["name"] for row in result["refused"]]
+    assert result["chosen"] not in (None, "fp32", everything)
+    saved = {unit["name"]: unit["saved_s"] for unit in result["units"] if unit["name"] != "prepare"}
+    total = sum(saved.values())
+    assert {name: saved[name] / total for name in saved} == pytest.approx(work)
+    assert "was not measured (all in INT8 overflows" in (tmp_path / "out.plan" / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -166,6 +199,7 @@ def test_a_backend_without_a_profile_divides_the_time_by_work(
         ({"budget": {"flicker_max": 1.0}}, "flicker_max"),
         ({"keep": ("block7.*",)}, r"'block7.\*' matches no layer"),
         ({"options": {"onnxruntime": {"threads": 1}}}, "options of 'onnxruntime'"),
+        ({"options": {"openvino": {"threads": 1}, "tensorrt": {}}}, "options of 'tensorrt'"),
         ({"steps": 2}, "2 steps for a graph"),
         ({"samples": 4}, "4 calibration samples"),
         ({"points": 0}, "0 points"),

@@ -6,21 +6,22 @@ import base64
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
 import pytest
 
-from rpfm_edge import api, artifact, run
+from rpfm_edge import api, artifact, measure, run
 from rpfm_edge.errors import ArtifactError, ConfigError
 from rpfm_edge.recipe import DistillTable, Recipe, load_recipe, parse
-from runtimes import ort
+from runtimes import ort, ov
 from tests.toy import make_teacher
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 TWO = "out = 'x'\n[[distill]]\nname = 'a'\n[[distill]]\nname = 'b'\n"
+FLOAT = TWO + "[quantize]\nprecision = 'fp32'\n"
 AUTO = TWO + "[quantize]\nprecision = 'auto'\n"
 RECIPE = """
 out = "run"
@@ -38,7 +39,7 @@ batch = 8
 precision = "fp32"
 also = []
 [build]
-targets = ["onnxruntime"]
+targets = {targets}
 onnxruntime.threads = {threads}
 [validate]
 pairs = {pairs}
@@ -121,6 +122,35 @@ def test_the_chain_for_a_gpu_is_the_one_that_is_tried_at_toy_size(name: str) -> 
         (f"{AUTO}[build]\ntargets = ['openvino', 'torch']", "precision auto for ['openvino', 'torch']", "together"),
         (f"{AUTO}[build]\ntargets = ['openvino', 'tensorrt']", "precision auto for", "together"),
         (f"{TWO}[qad]\nprecision = 'int4-weights'", "[qad] for int4-weights and [quantize]", "together"),
+        (f"{AUTO}budget = {{pck_min = 0.9}}", "[quantize.budget] with pck_min", "distance to the float graph"),
+        (f"{AUTO}budget = {{flicker_max = 2}}", "[quantize.budget] with flicker_max", "distance to the float graph"),
+        (f"{AUTO}budget = {{lpips_max = 0.1}}", "lpips_max, which cannot be measured here", "other limits"),
+        (f"{TWO}[validate.budget]\npsnr_min = 30", "[validate.budget] has 'psnr_min'", "'psnr_db_min'"),
+        (f"{TWO}[validate.budget]\npck_min = 'high'", "[validate.budget] sets pck_min = 'high'", "a finite number"),
+        (f"{TWO}[build]\ntargets = []", "[build]: targets = []", "at least one"),
+        (f"{TWO}[build]\ntargets = ['torch']", "[quantize]: precision int8 for ['torch']", "together"),
+        (f"{FLOAT}also = ['fp32', 'int8']\n[build]\ntargets = ['openvino', 'torch-tensorrt']", "also int8", "together"),
+        (f"{FLOAT}[build]\ntargets = ['torch']", "[quantize]: also fp16 for ['torch']", "together"),
+        (
+            f"{FLOAT}also = []\n[build]\ntargets = ['torch']\n[frontier]",
+            "[frontier]: precisions fp16 for ['torch']",
+            "together",
+        ),
+        (f"{TWO}[frontier]\nprecisions = ['fp8']", "[frontier]: precisions fp8 for ['openvino', 'onnx", "together"),
+        (f"{TWO}[quantize]\nsamples = 7", "[quantize]: samples = 7 for int8", "at least 8"),
+        (f"{AUTO}samples = 7\nalso = []", "[quantize]: samples = 7 for auto", "at least 8"),
+        (f"{TWO}[frontier]\nsamples = 4", "[frontier]: samples = 4 for int8", "at least 8"),
+        (f"{TWO}[frontier]\nsteps = [1, 0]", "[frontier]: steps = [1, 0]", "at least 1"),
+        (f"{TWO}[frontier]\nsteps = []", "[frontier]: steps = []", "at least 1"),
+        (f"{TWO}[student]\nsteps = 0", "[student]: steps = 0", "at least 1"),
+        (f"{TWO}steps = 0", "[[distill]] 2: steps = 0", "at least 1"),
+        (f"{TWO}steps = 3", "[[distill]] b: steps = 3", "1, 2, 4 or 8 with flowmap"),
+        (f"{TWO}steps = 3\nmethod = 'endpoint'", "[[distill]] b: steps = 3", "1, 2, 4 or 8 with endpoint"),
+        (f"{TWO}perceptual_weight = 0.5", "b: perceptual_weight = 0.5 with method flowmap", "with endpoint"),
+        (f"{TWO}[bench]\nruns = 0", "[bench]: runs = 0", "at least 1"),
+        (f"{TWO}[validate]\npairs = 0", "[validate]: pairs = 0", "at least 1"),
+        (f"{TWO}[render]\nsource = 'a.png'", "[render]: source without pose", "both"),
+        (f"{TWO}[render]\npose = 'a.json'", "[render]: pose without source", "both"),
         ("out = 'x'", "makes no student", "[student] artifact"),
         ("out = ", "cannot be read", "valid TOML"),
     ],
@@ -157,6 +187,20 @@ def test_students_start_from_earlier_ones_or_from_artifacts(tmp_path: Path) -> N
     assert recipe.student.from_ == "b"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{TWO}method = 'reflow'\nsteps = 3",  # which knows no step sizes
+        f"{FLOAT}samples = 0",  # nothing is calibrated
+        f"{FLOAT}also = []\n[build]\ntargets = ['openvino', 'torch']\n[frontier]",  # whose INT8 one of them runs
+    ],
+)
+def test_what_looks_wrong_and_works_is_taken(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text(text)
+    assert load_recipe(file).out == "x"
+
+
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no file .*absent\.toml"):
         load_recipe(tmp_path / "absent.toml")
@@ -173,7 +217,9 @@ Result = dict[str, Any]
 Run = Callable[..., tuple[Result, list[str]]]
 
 
-def _run(folder: Path, lr: float = 5e-4, threads: int = 0, pairs: int = 2) -> tuple[Result, list[str]]:
+def _run(
+    folder: Path, lr: float = 5e-4, threads: int = 0, pairs: int = 2, targets: Sequence[str] = ("onnxruntime",)
+) -> tuple[Result, list[str]]:
     """Run the toy recipe in the working directory; returns its result and the stages that were not skipped."""
     fresh: list[str] = []
     once = run.Stages.once
@@ -184,7 +230,7 @@ def _run(folder: Path, lr: float = 5e-4, threads: int = 0, pairs: int = 2) -> tu
         return out, made
 
     file = folder / "toy.toml"
-    file.write_text(RECIPE.format(lr=lr, threads=threads, pairs=pairs))
+    file.write_text(RECIPE.format(lr=lr, threads=threads, pairs=pairs, targets=[*targets]))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(run.Stages, "once", watched)
@@ -277,9 +323,76 @@ def test_a_stage_that_was_stopped_half_way_is_run_again(folder: Path, monkeypatc
     assert _run(folder, threads=1)[1] == ["build-fp32", "evidence", "render", "report"]
 
 
-def test_what_was_deleted_is_made_again(folder: Path) -> None:
+def test_what_was_deleted_is_made_again_with_its_evidence(folder: Path) -> None:
+    before = api.inspect(folder / "run" / "bundle")["evidence"]
+    assert set(before) == {"drift", "speed"}
     shutil.rmtree(folder / "run" / "bundle")
-    assert _run(folder)[1][0] == "build-fp32"
+    assert _run(folder)[1] == ["build-fp32"]
+    assert api.inspect(folder / "run" / "bundle")["evidence"] == before
+
+
+def test_evidence_that_is_there_is_not_replaced(folder: Path) -> None:
+    api.bench(folder / "run" / "bundle", runs=4, seconds=0)
+    later = api.inspect(folder / "run" / "bundle")["evidence"]
+    assert _run(folder)[1] == []
+    assert api.inspect(folder / "run" / "bundle")["evidence"] == later
+
+
+def test_the_first_target_is_the_one_that_is_judged(folder: Path) -> None:
+    both, swapped = ("onnxruntime", "torch"), ("torch", "onnxruntime")  # whose engines have the same bytes every time
+    for targets in (both, swapped):
+        assert "evidence" in _run(folder, targets=targets)[1]
+        found = json.loads((folder / "run" / "evidence.json").read_text())
+        assert found["judged"] == f"fp32, {targets[0]}"
+        assert list(artifact.load(folder / "run" / "bundle").config["backends"]) == list(targets)
+        kept = api.inspect(folder / "run" / "bundle")["evidence"]
+        assert {one["backend"] for one in kept["speed"]["backends"]} == set(targets)
+        assert kept["drift"]["stages"] == found["stages"]
+
+
+def test_another_version_or_machine_builds_and_measures_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where, again = measure.where, ["build-fp32", "evidence", "report"]
+    monkeypatch.setattr(ort, "versions", lambda *_: {"onnxruntime": "99.0"})
+    assert [_run(folder)[1], _run(folder)[1]] == [again, []]
+    monkeypatch.setattr(measure, "where", lambda *given: {**where(*given), "cpu": "another one"})
+    assert [_run(folder)[1], _run(folder)[1]] == [again, []]
+
+
+@pytest.mark.parametrize(
+    "table", ["[frontier]\nsteps = [1]\npairs = 1\n", "[quantize]\nprecision = 'auto'\nalso = []\n"]
+)
+def test_figures_of_another_machine_are_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: str
+) -> None:
+    """What the frontier and the plan of precisions measure belongs to the machine, too."""
+    made: list[str] = []
+
+    def measured(*_: Any, **__: Any) -> dict[str, str]:
+        made.append("measured")
+        return {"chosen": "fp32"}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(api, "plan", measured)
+    monkeypatch.setattr(run, "measure_frontier", measured)
+    file = tmp_path / "recipe.toml"
+    file.write_text(f"out = 'run'\n[student]\nartifact = 'student:xs'\n[build]\ntargets = ['openvino']\n{table}")
+    recipe, stages = load_recipe(file), run.Stages(Path("run"))
+
+    def times() -> int:
+        made.clear()
+        if recipe.frontier:
+            run._frontier(recipe, stages, "teacher:xs", "student:xs")
+        else:
+            run._plan(recipe, stages, Path("graph"), Path("run/auto"))
+        return len(made)
+
+    assert [times(), times()] == [1, 0]
+    with monkeypatch.context() as patch:
+        patch.setattr(ov, "versions", lambda *_: {"openvino": "99.0"})
+        assert [times(), times()] == [1, 0]
+    where = measure.where
+    monkeypatch.setattr(measure, "where", lambda *given: {**where(*given), "cpu": "another one"})
+    assert [times(), times()] == [1, 0]
 
 
 # Students -------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pytest
 from rpfm_edge.errors import ConfigError, InputError
 from rpfm_edge.metrics import statistics
 from rpfm_edge.plots import Point, frontier_plot, frontier_png, histogram, loss_plot, smoothed, validation_plot
-from rpfm_edge.report import Evidence, contact_sheet, error_map, format_number, write_report
+from rpfm_edge.report import Evidence, error_map, format_number, write_report
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
@@ -318,31 +318,6 @@ def test_error_map_refuses_other_shapes() -> None:
         error_map(np.zeros((2, 4, 3), np.uint8), np.zeros((3, 4, 3), np.uint8))
     with pytest.raises(InputError, match=r"an image is float64\[2, 4, 3\]"):
         error_map(np.zeros((2, 4, 3)), np.zeros((2, 4, 3)))
-
-
-def test_contact_sheet_holds_every_image_under_its_title() -> None:
-    rows = [[picture(1), picture(2)], [picture(3), picture(4)[:8]]]
-    sheet = contact_sheet(rows, ["left", "right"])
-    found = [
-        (top, left, n)
-        for n, image in enumerate([rows[0][0], rows[0][1], rows[1][0], rows[1][1]])
-        for top in range(sheet.shape[0] - image.shape[0] + 1)
-        for left in range(sheet.shape[1] - 10)
-        if np.array_equal(sheet[top : top + image.shape[0], left : left + 11], image)
-    ]
-    assert [n for _, _, n in found] == [0, 1, 2, 3]
-    (top_a, left_a, _), (top_b, left_b, _), (top_c, left_c, _), (top_d, left_d, _) = found
-    assert (top_a, left_a, left_b) == (top_b, left_c, left_d)
-    assert top_d == top_c + 4  # the smaller one is centred
-    assert (sheet[: min(top_a, top_c)] < 200).any()  # the titles
-
-
-def test_contact_sheet_needs_a_title_per_column() -> None:
-    for rows, titles in (([[picture(1)]], ["a", "b"]), ([], ["a"]), ([[]], [])):
-        with pytest.raises(InputError, match=f"{len(titles)} titles for rows of"):
-            contact_sheet(rows, titles)
-    with pytest.raises(InputError, match=r"an image is float32\[16, 11, 3\]"):
-        contact_sheet([[picture(1).astype(np.float32)]], ["a"])
 
 
 def test_smoothing_keeps_constants_and_lines_and_skips_nan() -> None:

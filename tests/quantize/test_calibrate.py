@@ -110,6 +110,13 @@ def test_blank_and_identical_inputs(tiny_graph: Artifact, people: Split, tmp_pat
         calibrate.record(tiny_graph, nobody, tmp_path / "s", 8)
 
 
+def test_one_source_in_many_poses_calibrates(tiny_graph: Artifact, people: Split, tmp_path: Path) -> None:
+    pairs = np.array([(0, target) for target in range(1, 10)])
+    loaded = calibrate.load(calibrate.record(tiny_graph, replace(people, pairs=pairs), tmp_path / "s"))
+    assert loaded.facts["sources"] == [people.names[0]]
+    assert len(loaded.pose) == 9
+
+
 def test_a_student_that_is_not_finite(tiny_graph: Artifact, people: Split, tmp_path: Path) -> None:
     shutil.copytree(tiny_graph.path, tmp_path / "graph")
     model = onnx.load(tmp_path / "graph/prepare.onnx")

@@ -20,8 +20,10 @@ from quantize.int8 import OUTLIERS, Int8Config, to_int8
 from rpfm_edge import api
 from rpfm_edge.artifact import Artifact, Stage
 from rpfm_edge.cli import app
+from rpfm_edge.data import Split
 from rpfm_edge.errors import ConfigError, InputError, ParityError
 from rpfm_edge.metrics import psnr_db
+from rpfm_edge.precisions import LEAST_SAMPLES
 from rpfm_edge.recipe import load_recipe
 
 
@@ -53,6 +55,12 @@ def test_samples_of_one_person(recorded: Samples) -> None:
     names = [f"anna_{k}.jpg" for k in range(len(recorded.source))]
     with pytest.raises(InputError, match="the calibration samples show only one person: expected two or more"):
         methods.divide(replace(recorded, facts=recorded.facts | {"sources": names}))
+
+
+def test_samples_that_are_too_few_to_divide(tiny_graph: Artifact, people: Split, tmp_path: Path) -> None:
+    few = calibrate.load(calibrate.record(tiny_graph, people, tmp_path / "s", LEAST_SAMPLES))
+    with pytest.raises(InputError, match=r"\d of 8 calibration samples are left .*: expected at least 8; ask for more"):
+        methods.divide(few)
 
 
 def test_pictures_are_those_of_the_whole_chain(tiny_graph: Artifact, recorded: Samples) -> None:
@@ -180,7 +188,7 @@ def test_a_damaged_row_is_measured_again(
 
 def test_methods_that_are_refused(tiny_graph: Artifact, tmp_path: Path) -> None:
     def quantize(precision: str = "int8", **options: Any) -> None:
-        api.quantize(tiny_graph.path, "sample", tmp_path / "out", precision, samples=8, **options)
+        api.quantize(tiny_graph.path, "sample", tmp_path / "out", precision, samples=16, **options)
 
     with pytest.raises(ConfigError, match="unknown method 'qat': expected one of"):
         quantize(method="qat")

@@ -13,7 +13,6 @@ from quantize.plan import (
     default_units,
     divided_by_profile,
     divided_by_work,
-    expected_psnr_db,
     grid,
     ordered,
 )
@@ -38,11 +37,6 @@ def test_every_beginning_saves_the_most_for_its_error() -> None:
 def test_what_saves_nothing_comes_last_with_the_smallest_error_first() -> None:
     effects = [Effect("slow", 0.1, ()), Effect("bad", 5.0, ()), Effect("good", 1.0, ()), Effect("idle", 0.05, ())]
     assert ordered(effects, {"good": 1.0, "bad": 1.0, "slow": -0.2}) == ["good", "bad", "idle", "slow"]
-
-
-def test_errors_add_up_to_the_expected_psnr() -> None:
-    effects = [Effect("a", 1.0, ()), Effect("b", 3.0, ()), Effect("c", 9.0, ())]
-    assert expected_psnr_db(effects, ["a", "b"]) == pytest.approx(10 * np.log10(255**2 / 4))
 
 
 def test_kernels_count_for_the_units_that_they_compute() -> None:

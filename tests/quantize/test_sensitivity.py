@@ -40,8 +40,7 @@ def ranges(frame: onnx.ModelProto, feeds: list[Feeds]) -> dict[str, float]:
 
 
 def test_the_picture_and_a_velocity_for_every_step_are_watched(frame: onnx.ModelProto, feeds: list[Feeds]) -> None:
-    model, count = watched(frame)
-    assert count == TINY_STEPS
+    model = watched(frame)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     picture, *velocities = session.run(None, dict(feeds[0]))
     exact = onnxruntime.InferenceSession(frame.SerializeToString(), providers=["CPUExecutionProvider"])

@@ -102,6 +102,17 @@ def test_patterns_choose_units_and_a_pattern_without_one_is_an_error(frame: onnx
         matching(known, ["block9.*"])
 
 
+def test_a_misspelt_unit_is_told_its_neighbours_and_not_all_names(frame: onnx.ModelProto) -> None:
+    known = [unit.name for unit in units(frame)]
+    with pytest.raises(ConfigError) as raised:
+        matching(known, ["decoder.con0"])
+    words, _, nearest = raised.value.expected.partition(", such as ")
+    assert words == f"a name or pattern of one of the {len(known)}"
+    assert len(nearest.split(", ")) == 3
+    assert nearest.startswith("decoder.conv0, ")
+    assert set(nearest.split(", ")) <= set(known)
+
+
 def test_multiplications_are_those_of_the_formula() -> None:
     weights = {"w": np.zeros((6, 3, 5, 5), np.float32), "g": np.zeros((4, 7), np.float32)}
     nodes = [
