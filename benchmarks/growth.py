@@ -30,8 +30,7 @@ from distill.rpfm import RPFM, preset
 from distill.student import Student
 from rpfm_edge import artifact, device_state, measure
 from rpfm_edge.charts import Panel, curves_png
-from rpfm_edge.frontier import steady
-from rpfm_edge.measure import Call
+from rpfm_edge.measure import Call, steady
 from rpfm_edge.signature import Signature
 from runtimes import ov
 

@@ -17,8 +17,7 @@ import pytest
 from benchmarks.roofline import graph_flops, peak_flops
 from rpfm_edge import artifact, device_state, measure
 from rpfm_edge.errors import BackendError
-from rpfm_edge.frontier import steady
-from rpfm_edge.measure import Latency
+from rpfm_edge.measure import Latency, steady
 from rpfm_edge.pipeline import Person, Pipeline
 from rpfm_edge.pose import draw_skeleton
 from rpfm_edge.splits import open_splits

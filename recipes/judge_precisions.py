@@ -27,8 +27,8 @@ from quantize import calibrate
 from rpfm_edge import artifact, bundle, measure, metrics
 from rpfm_edge.artifact import Artifact, write_text
 from rpfm_edge.bundle import size_bytes
-from rpfm_edge.frontier import steady
 from rpfm_edge.keypoints import pose_accuracy
+from rpfm_edge.measure import steady
 from rpfm_edge.pipeline import Pipeline
 from rpfm_edge.splits import open_splits
 from rpfm_edge.validate import Pairs, bundle_images, draw_pairs

@@ -16,7 +16,7 @@ import numpy as np
 from rpfm_edge import device_state, measure
 from rpfm_edge.artifact import Artifact
 from rpfm_edge.errors import ArtifactError
-from rpfm_edge.frontier import steady
+from rpfm_edge.measure import steady
 from rpfm_edge.metrics import import_extra
 from rpfm_edge.pipeline import Pipeline, engine_versions, require_engine
 from rpfm_edge.pose import check_pose, draw_skeleton

@@ -17,7 +17,8 @@ import runtimes
 from rpfm_edge import artifact, bundle, measure
 from rpfm_edge.artifact import Artifact
 from rpfm_edge.bundle import size_bytes
-from rpfm_edge.frontier import built_by, steady
+from rpfm_edge.frontier import built_by
+from rpfm_edge.measure import steady
 from rpfm_edge.metrics import Budget, Summary, compare, missing_metrics
 from rpfm_edge.pipeline import Pipeline
 from rpfm_edge.signature import Feeds

@@ -24,7 +24,7 @@ from rpfm_edge.bundle import size_bytes
 from rpfm_edge.data import Split
 from rpfm_edge.errors import ArtifactError, BackendError, ConfigError, ParityError, SignatureError
 from rpfm_edge.frontier_table import markdown, pareto, points, psnr
-from rpfm_edge.measure import Call, Latency
+from rpfm_edge.measure import Call, Latency, steady
 from rpfm_edge.metrics import missing_metrics
 from rpfm_edge.pipeline import Pipeline
 from rpfm_edge.precisions import CALIBRATED, LEAST_SAMPLES, require_backends
@@ -35,7 +35,6 @@ from rpfm_edge.validate import Pairs, bundle_images, circumstances, draw_pairs, 
 
 ON_GPU = ("tensorrt", "torch-tensorrt")  # whose engines belong to one GPU
 REFUSALS = (ArtifactError, BackendError, ParityError, SignatureError, RuntimeError)  # of a graph or an engine
-SETTLE_S = 0.05  # ONNX Runtime's threads spin for so long after a call
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,15 +281,6 @@ def _times(
         rounds = max(runs, math.ceil(seconds * len(calls) / round_s))
         console.print(f"[bold]times[/bold] of {len(calls)} engines, {rounds} rounds in turns")
         return steady(calls, rounds)
-
-
-def steady(calls: Mapping[str, Call], rounds: int, warmup: int = 0) -> dict[str, Latency]:
-    """``measure.interleaved``, where each call that is timed follows others of its own for ``SETTLE_S``.
-
-    So it does not follow another library's, whose threads still spin for a while and whose weights fill the cache; that
-    is how frames follow each other in a stream.
-    """
-    return measure.interleaved(calls, rounds, warmup, SETTLE_S)
 
 
 def _versions(work: _Work, backends: Iterable[str]) -> dict[str, str]:

@@ -21,6 +21,7 @@ from rpfm_edge.errors import BackendError, ConfigError
 Call = Callable[[], object]
 STABLE_TOLERANCE = 0.05
 STABLE_BLOCKS = 10
+SETTLE_S = 0.05  # the threads of ONNX Runtime spin on for so long after a call
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,15 @@ def interleaved(calls: Mapping[str, Call], rounds: int, warmup: int = 5, settle_
             _settle(calls[name], settle_s)
             values[name].append(_timed(calls[name]))
     return {name: Latency(tuple(times)) for name, times in values.items()}
+
+
+def steady(calls: Mapping[str, Call], rounds: int, warmup: int = 0) -> dict[str, Latency]:
+    """``interleaved``, where each call that is timed follows others of its own for ``SETTLE_S``.
+
+    So it does not follow another library's, whose threads still spin for a while and whose weights fill the cache; that
+    is how frames follow each other in a stream.
+    """
+    return interleaved(calls, rounds, warmup, SETTLE_S)
 
 
 def _settle(call: Call, seconds: float) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -222,19 +221,6 @@ def test_the_frontier_is_what_a_sweep_finds(found: list[tuple[float, float]]) ->
 def test_the_frontier_does_not_depend_on_order_or_scale(found: list[tuple[float, float]], scale: int) -> None:
     assert pareto(found[::-1]) == pareto(found)[::-1]
     assert pareto([(scale * a, b**3) for a, b in found]) == pareto(found)
-
-
-def test_a_call_follows_one_of_its_own() -> None:
-    order: list[str] = []
-
-    def call(name: str) -> None:
-        order.append(name)
-        time.sleep((0.9 if order.count(name) % 3 == 0 else 0.6) * frontier.SETTLE_S)
-
-    times = frontier.steady({name: lambda name=name: call(name) for name in "ab"}, rounds=3)
-    assert "".join(order) == "aaabbb" + "bbbaaa" + "aaabbb"
-    least = 0.9 * frontier.SETTLE_S
-    assert all(len(latency.values_s) == 3 and min(latency.values_s) >= least for latency in times.values())
 
 
 def row(name: str, psnr: float, p50_s: float | None = None, **more: Any) -> dict[str, Any]:

@@ -194,3 +194,16 @@ def test_where_on_a_board(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (where()["cpu"], where()["board"]) == ("aarch64", "Some Board")
     files["/proc/cpuinfo"] = "processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\n"
     assert where()["cpu"] == "Some CPU @ 2 GHz"
+
+
+def test_a_call_follows_one_of_its_own() -> None:
+    order: list[str] = []
+
+    def call(name: str) -> None:
+        order.append(name)
+        time.sleep((0.9 if order.count(name) % 3 == 0 else 0.6) * module.SETTLE_S)
+
+    times = module.steady({name: lambda name=name: call(name) for name in "ab"}, rounds=3)
+    assert "".join(order) == "aaabbb" + "bbbaaa" + "aaabbb"
+    least = 0.9 * module.SETTLE_S
+    assert all(len(latency.values_s) == 3 and min(latency.values_s) >= least for latency in times.values())

@@ -16,7 +16,7 @@ from benchmarks.peers.loops import Draw, Subject
 from rpfm_edge import device_state, measure
 from rpfm_edge.artifact import tool_versions
 from rpfm_edge.errors import BackendError, ParityError
-from rpfm_edge.frontier import steady
+from rpfm_edge.measure import steady
 from rpfm_edge.metrics import psnr_db
 from rpfm_edge.pose import draw_skeleton
 

@@ -100,7 +100,7 @@ def test_targets(result: dict[str, Any]) -> None:
 def test_table(result: dict[str, Any]) -> None:
     text = markdown(result)
     assert "| rpfm-edge, OpenVINO INT8 | 96.2 | 10.4 | 102 | 10.6 | 1.00 |" in text
-    assert "| teacher, 25 steps, torch FP32 | 1 | 1e+03 | 1e+03 | – | 50 |" in text
+    assert "| teacher, 25 steps, torch FP32 | 1.00 | 1,000 | 1,000 | – | 50 |" in text
     assert "- torch, CUDA graph, on the GPU: torch finds no CUDA device" in text
     assert put_between(f"a\n{BEGIN}\nold\n{END}\nb\n", "new") == f"a\n{BEGIN}\n\nnew\n\n{END}\nb\n"
     with pytest.raises(ConfigError, match="no place for the peers"):
