@@ -57,7 +57,7 @@ def live(
     place = Place(host, port, cert, key, Access(choose_token(host, token_file), tuple(origin or ())))
     options = Options(_positive(deadline_ms), still_px, smooth)
     with opened(bundle, backend) as pipelines:
-        feeds = feeds_of(motion, fps, camera, pipelines[0].size)
+        feeds = feeds_of(motion, fps if fps is None else check_fps(fps), camera, pipelines[0].size)
         with recording(record, pipelines[0].size) as tap:
             service = Service(pipelines, load_image(source), options, Limits(clients=clients), feeds, tap, webrtc)
             with _signals() as stop, serving(service, place) as running:
@@ -103,7 +103,7 @@ def feeds_of(
     feeds: dict[str, Iterator[tuple[float, np.ndarray]]] = {}
     if motion is not None:
         poses, own_fps = read_motion(motion, size)
-        feeds["motion"] = replay(poses, check_fps(own_fps if fps is None else fps))
+        feeds["motion"] = replay(poses, own_fps if fps is None else fps)
     if camera is not None:
         feeds["camera"] = watch(camera, size)
     return feeds
