@@ -76,7 +76,7 @@ def settled_times(bundle: Path, backend: str, limit_s: float, out: Path) -> list
             judgement = regression.settle(call, config, found)
         if judgement.reasons:
             raise SystemExit(f"no baseline: {'; '.join(judgement.reasons)}")
-        write_text(out, json.dumps(joined(regression.newest_half(found, config), NEW)))
+        write_text(out, json.dumps(regression.baseline_times(found, config)))
     return list(json.loads(out.read_text(encoding="utf-8")))
 
 

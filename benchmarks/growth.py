@@ -200,7 +200,8 @@ def main() -> None:
         for point in found[axis]["points"]:
             rate = point["flops"] / point["call"]["p50_s"] / 1e9
             console.print(f"{axis:8} {point['x']:7d}  {1e3 * point['frame_s']:8.2f} ms a frame  {rate:6.1f} GFLOP/s")
-        console.print(f"{axis:8} time of a frame ~ {axis}^{found[axis]['exponent']:.2f}")
+        if found[axis]["exponent"] is not None:  # of one point, such as the threads of one core, there is none
+            console.print(f"{axis:8} time of a frame ~ {axis}^{found[axis]['exponent']:.2f}")
     machine = measure.where(artifact.tool_versions("openvino", "torch"))
     result = {"machine": machine, "precision": "fp32", "backend": "openvino", "weights": "random", "axes": found}
     artifact.write_text(given.out / "growth.json", json.dumps(result, indent=1))

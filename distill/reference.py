@@ -12,7 +12,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from distill.student import load_student
-from distill.teacher import load_teacher, move, sample_teacher
+from distill.teacher import Teacher, load_teacher, move, sample_teacher
 from rpfm_edge.flow import Solver
 from rpfm_edge.image import from_model, to_model
 from rpfm_edge.progress import progress
@@ -21,7 +21,7 @@ REFERENCE_STEPS, REFERENCE_SOLVER = 8, "heun"  # what the trajectory store is so
 
 
 def teacher_images(
-    teacher_spec: str | Path,
+    teacher_spec: str | Path | Teacher,
     sources: np.ndarray,
     skeletons: np.ndarray,
     noise: np.ndarray,
@@ -40,7 +40,7 @@ def teacher_images(
     Returns:
         (steps, solver) → (n, H, W, 3) uint8.
     """
-    teacher = load_teacher(teacher_spec)
+    teacher = load_teacher(teacher_spec) if isinstance(teacher_spec, str | Path) else teacher_spec
     move(teacher, PartialState().device)
 
     def latent(noise: Tensor, condition: Any, budget: tuple[int, str]) -> Tensor:

@@ -7,28 +7,14 @@ from __future__ import annotations
 
 import argparse
 
-import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from distill.teacher import Guidance, RPFMTeacher, load_teacher, sample_teacher
+from distill.reference import teacher_images
+from distill.teacher import Guidance, RPFMTeacher, load_teacher
 from rpfm_edge import metrics
-from rpfm_edge.image import from_model, to_model
 from rpfm_edge.splits import open_splits
-from rpfm_edge.validate import Pairs, draw_pairs
-
-
-@torch.no_grad()
-def images(teacher: RPFMTeacher, pairs: Pairs, steps: int) -> np.ndarray:
-    """The teacher's pictures of all pairs, (n, H, W, 3) uint8, by Heun's method."""
-    made = []
-    for index in range(len(pairs.names)):
-        source, pose = (torch.from_numpy(to_model(a[index : index + 1])) for a in (pairs.sources, pairs.skeletons))
-        condition = teacher.condition(teacher.autoencoder.encode(source), pose)
-        latent = sample_teacher(teacher, torch.from_numpy(pairs.noise[index : index + 1]), condition, steps, "heun")
-        made.append(from_model(teacher.autoencoder.decode(latent).numpy())[0])
-    return np.stack(made)
+from rpfm_edge.validate import draw_pairs
 
 
 def main() -> None:
@@ -45,7 +31,9 @@ def main() -> None:
     table = Table("scale", "PSNR dB", "SSIM", "FLIP", title=f"{options.pairs} validation pairs, mean against the truth")
     for scale in options.scales:
         teacher.guidance = Guidance(scale)
-        found = metrics.compare(pairs.truths, images(teacher, pairs, options.steps))
+        budget = (options.steps, "heun")
+        made = teacher_images(teacher, pairs.sources, pairs.skeletons, pairs.noise, [budget])[budget]
+        found = metrics.compare(pairs.truths, made)
         table.add_row(f"{scale:g}", *(f"{found[name]['mean']:.4g}" for name in ("psnr_db", "ssim", "flip")))
     Console().print(table)
 

@@ -5,6 +5,7 @@ An artifact is written beside its destination and renamed into place, so a failu
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
@@ -23,6 +24,7 @@ from rpfm_edge.signature import Signature
 
 Kind = Literal["teacher", "student", "graph", "bundle"]
 MANIFEST = "manifest.json"
+OLD = ".old"  # what an exchange of folders has put aside
 FORMAT = 1
 
 
@@ -105,8 +107,14 @@ def tool_versions(*names: str) -> dict[str, str]:
 
 @contextmanager
 def replacing_folder(out: Path) -> Iterator[Path]:
-    """Yield a scratch folder beside ``out``; on success it becomes ``out``, on failure it is removed."""
+    """Yield a scratch folder beside ``out``; on success it becomes ``out``, on failure it is removed.
+
+    If a process was killed between the two renames of an exchange, what was there before is first put back.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
+    left = sorted(out.parent.glob(f".{glob.escape(out.name)}.*{OLD}"))
+    if left and not out.exists():
+        left[-1].rename(out)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         scratch.chmod(0o755)
@@ -121,7 +129,7 @@ def _replace(scratch: Path, out: Path) -> None:
     if not out.exists():
         scratch.rename(out)
         return
-    old = scratch.with_name(scratch.name + ".old")
+    old = scratch.with_name(scratch.name + OLD)
     out.rename(old)
     try:
         scratch.rename(out)

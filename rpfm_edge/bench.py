@@ -43,7 +43,6 @@ def bench_backend(
         "prepare": prepare.to_json(),
         "frame": frame.to_json(),
         "engine_bytes": size_bytes(bundle, backend),
-        "peak_memory_bytes": measure.peak_memory_bytes(),
         "machine": measure.where(engine_versions(bundle, backend)),
         "state": state,
     }

@@ -62,7 +62,7 @@ def train(
     autoencoder: Annotated[
         str | None, typer.Option(help="'small', or the folder of a diffusers AutoencoderKL.")
     ] = None,
-    seed: Seed = 0,
+    seed: Annotated[Optional[int], typer.Option(min=0, help="Seed of every draw; default: the file's, or 0.")] = None,  # noqa: UP045
     json: Json = False,
 ) -> None:
     """Train an RPFM teacher."""

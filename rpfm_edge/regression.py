@@ -87,6 +87,11 @@ def newest_half(window: Sequence[Chunk], config: GateConfig) -> Sequence[Chunk]:
     return window[-max(least, len(window) // 2) :]
 
 
+def baseline_times(found: Sequence[Chunk], config: GateConfig) -> list[float]:
+    """The times of ``NEW`` that a baseline keeps: the newest half of what no throttling disturbed, if there is such."""
+    return rounds.joined(newest_half(rounds.undisturbed(found) or found, config), NEW)
+
+
 def _until_told(calls: Mapping[str, Call], judge: Judge, config: GateConfig, found: list[Chunk]) -> Judgement:
     start = time.perf_counter()
     for chunk in rounds.chunks(calls, config.seed):
@@ -154,7 +159,7 @@ def run_save(bundle: Artifact, backends: Sequence[str], name: str, folder: Path,
                 judgement = settle(frame(stack, bundle, backend), config, found)
             finally:
                 record |= _facts(found, (NEW,))
-        times = rounds.joined(newest_half(rounds.undisturbed(found) or found, config), NEW)
+        times = baseline_times(found, config)
         what = {key: bundle.config[key] for key in ("size", "steps", "precision")}
         device = baseline.fingerprint(bundle, backend)
         kept = Baseline(name, backend, device, what, bundle.digest, tuple(times), judgement.reasons)

@@ -127,8 +127,8 @@ def unpack(source: Path, data: Path) -> list[str]:
 
     Which pieces are done is kept in ``data.pieces.json`` until all of them are; then every file is verified.
     """
-    manifest = _read_manifest(source / MANIFEST)
-    digest, record = _digest(source / MANIFEST), data.with_name(data.name + ".pieces.json")
+    manifest, place = _read_manifest(source / MANIFEST), data.resolve()
+    digest, record = _digest(source / MANIFEST), place.with_name(place.name + ".pieces.json")
     done = set(_read_record(record, digest))
     for name, piece in manifest["pieces"].items():
         if name in done or not (source / name).is_file():

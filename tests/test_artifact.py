@@ -232,3 +232,14 @@ def test_tool_versions() -> None:
     found = artifact.tool_versions("numpy", "no-such-distribution")
     assert found["numpy"] == version("numpy")
     assert set(found) <= {"numpy", "rpfm-edge"}
+
+
+def test_what_a_killed_exchange_put_aside_comes_back(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with artifact.replacing_folder(out) as folder:
+        (folder / "a").write_text("old")
+    out.rename(tmp_path / ".out.k1ll3d.old")  # as a kill between the two renames leaves it
+    with pytest.raises(RuntimeError), artifact.replacing_folder(out) as folder:
+        raise RuntimeError
+    assert (out / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -26,7 +26,7 @@ from distill import rpfm
 from rpfm_edge import api, artifact, cli
 from rpfm_edge.artifact import Artifact, file_digest
 from rpfm_edge.bundle import add_evidence
-from rpfm_edge.errors import ArtifactError, InputError, SignatureError
+from rpfm_edge.errors import ArtifactError, ConfigError, InputError, SignatureError
 from rpfm_edge.pipeline import Pipeline
 from tests.distill.tiny import SIZE
 from tests.toy import make_teacher, write_inputs
@@ -368,6 +368,22 @@ def test_a_budget_that_cannot_be(call: Call, made: dict[str, Path], tmp_path: Pa
     is_fault(call("validate", made["bundle"], *against), "budget.toml")
     budget.write_text("[drift]\npsnr_min = 3\n")
     is_fault(call("validate", made["bundle"], *against), "'psnr_min'", "psnr_db_min")
+
+
+@pytest.mark.parametrize(("given", "seed"), [((), 7), (("--seed", 3), 3)])
+def test_the_seed_of_a_training_file_counts(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: tuple[object, ...], seed: int
+) -> None:
+    seen: list[int] = []
+
+    def stop(recipe: Any, *_: Any) -> None:
+        seen.append(recipe.seed)
+        raise ConfigError("enough was seen", expected="nothing", fix="go on")
+
+    monkeypatch.setattr("distill.commands.train", stop)
+    (tmp_path / "train.toml").write_text('preset = "xs"\nseed = 7\n')
+    call("train", tmp_path / "train.toml", "--data", "sample", "--out", tmp_path / "out", *given)
+    assert seen == [seed]
 
 
 @pytest.mark.parametrize("name", ["absent", "empty"])

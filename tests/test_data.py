@@ -12,6 +12,7 @@ import pytest
 
 from rpfm_edge.data import draw_batch, hold_out, open_split, read_clip
 from rpfm_edge.errors import BackendError, ConfigError, InputError
+from rpfm_edge.splits import open_splits
 
 FLAT = "fashionWOMENDressesid0000713204_4full.jpg"
 NESTED = "fashion/WOMEN/Dresses/id_00007132/04_4_full.jpg"
@@ -349,3 +350,13 @@ def test_batches_need_pairs(tmp_path: Path) -> None:
     split = open_split(write_layout_a(tmp_path, people_names(2, 1), []), "train")
     with pytest.raises(InputError, match="has no pairs"):
         draw_batch(split, 1, 1, np.random.default_rng(0))
+
+
+def test_validation_people_neither_train_nor_judge(tmp_path: Path) -> None:
+    train, test = people_names(12, 2), [f"q{k:02d}_{n}.jpg" for k in range(3) for n in range(2)]
+    write_layout_a(tmp_path, train, all_pairs(train))
+    write_layout_a(tmp_path, test, all_pairs(test), "test")
+    found = open_splits(tmp_path)
+    people = [{name.partition("_")[0] for name in one.names} for one in (found.training, found.validation, found.test)]
+    assert [len(one) for one in people] == [11, 1, 3]
+    assert len(set.union(*people)) == 15

@@ -59,6 +59,8 @@ def main() -> int:
     """Exit code 0: the targets that were measured are met, 1: one is missed, 2: a user's error."""
     given, console = arguments(), Console(highlight=False, width=140)
     try:
+        if given.readme:
+            put_between(given.readme.read_text(encoding="utf-8"), "")  # before anything slow
         with ExitStack() as stack, TemporaryDirectory() as cache:
             bundles = make_bundles(given.student, given.data, given.steps, given.threads, given.out / "work")
             size = tuple(artifact.load(bundles["fp32"], "bundle").config["size"])
@@ -69,7 +71,8 @@ def main() -> int:
             result |= {"data": given.data, "student": given.student, "steps": given.steps}
         artifact.write_text(given.out / "peers.json", json.dumps(result, indent=1))
         artifact.write_text(given.out / "peers.md", markdown(result))
-        artifact.write_bytes(given.out / "peers.png", picture(result))
+        if any("frame" in row for row in result["rows"]):
+            artifact.write_bytes(given.out / "peers.png", picture(result))
         if given.readme:
             artifact.write_text(given.readme, put_between(given.readme.read_text(encoding="utf-8"), markdown(result)))
     except (RpfmError, OSError) as error:

@@ -15,7 +15,7 @@ from benchmarks.peers import loops
 from benchmarks.peers.loops import Draw, Subject
 from rpfm_edge import device_state, measure
 from rpfm_edge.artifact import tool_versions
-from rpfm_edge.errors import BackendError, ParityError
+from rpfm_edge.errors import BackendError, ConfigError, ParityError
 from rpfm_edge.measure import steady
 from rpfm_edge.metrics import psnr_db
 from rpfm_edge.pose import draw_skeleton
@@ -61,6 +61,12 @@ def measure_peers(
 
     A frame is timed twice: with the drawing of the pose (``frame``) and without (``bare``).
     """
+    if unknown := set(only or ()) - {peer.name for peer in PEERS}:
+        raise ConfigError(
+            f"no peer is called {min(unknown)!r}",
+            expected=f"one of {[peer.name for peer in PEERS]}",
+            fix="check the spelling",
+        )
     os.environ["RPFM_EDGE_CACHE"] = cache  # engines are compiled anew, as OpenVINO's own loop compiles them
     chosen = [peer for peer in PEERS if not only or peer.name in only]
     before_threads = torch.get_num_threads()
