@@ -17,6 +17,7 @@ from quantize.qdq import insert
 from quantize.units import Unit
 from rpfm_edge.artifact import write_text
 from rpfm_edge.errors import ArtifactError
+from rpfm_edge.metrics import sqnr_db
 from rpfm_edge.progress import progress
 from rpfm_edge.signature import Feeds
 
@@ -64,13 +65,8 @@ def compared(reference: Sequence[Outputs], outputs: Sequence[Outputs], name: str
     couples = list(zip(reference, outputs, strict=True))
     mse = np.mean([np.mean((a[0].clip(0, GREY) - b[0].clip(0, GREY)) ** 2) for a, b in couples])
     velocities = range(1, len(reference[0]))
-    return Effect(name, float(mse), tuple(_sqnr_db(couples, place) for place in velocities))
-
-
-def _sqnr_db(couples: Sequence[tuple[Outputs, Outputs]], place: int) -> float:
-    signal = sum(float(np.sum(np.square(a[place], dtype=np.float64))) for a, _ in couples)
-    noise = sum(float(np.sum(np.square(a[place] - b[place], dtype=np.float64))) for a, b in couples)
-    return 10 * float(np.log10(signal / noise)) if noise else float("inf")
+    ratios = (sqnr_db([exact[k] for exact, _ in couples], [found[k] for _, found in couples]) for k in velocities)
+    return Effect(name, float(mse), tuple(ratios))
 
 
 class Probe:

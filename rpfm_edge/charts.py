@@ -9,7 +9,7 @@ from typing import Any
 
 from rpfm_edge.metrics import import_extra
 
-INK, FIRST, COLOURS = "#1b1f24", "#1f6feb", ("#1f6feb", "#c2410c", "#15803d", "#9333ea", "#a16207", "#0e7490")
+FIRST, COLOURS = "#1f6feb", ("#1f6feb", "#c2410c", "#15803d", "#9333ea", "#a16207", "#0e7490")
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
 
 

@@ -16,7 +16,6 @@ from rpfm_edge.errors import ConfigError
 Array = Any  # numpy.ndarray or torch.Tensor: only + and * by scalars are used
 Velocity = Callable[[Array, float], Array]
 Solver = Literal["euler", "midpoint", "heun"]
-EVALUATIONS = {"euler": 1, "midpoint": 2, "heun": 2}  # velocity evaluations per step
 
 
 def time_grid(steps: int) -> list[float]:

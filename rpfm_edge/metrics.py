@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -91,24 +92,14 @@ def flip(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def sqnr_db(reference: ArrayLike, value: ArrayLike) -> float:
-    """Signal-to-quantization-noise ratio in dB of float arrays, ``-10 log10(nmse)``; inf for equal arrays."""
-    error = nmse(reference, value)
-    with np.errstate(divide="ignore"):
-        return float(-10 * np.log10(error))
-
-
-def nmse(reference: ArrayLike, value: ArrayLike) -> float:
-    """Squared error over the energy of the reference, ``Σ(value - reference)² / Σ reference²``; 0 for equal arrays."""
-    expected, found = _float_pair(reference, value)
-    error, energy = float(np.sum((found - expected) ** 2)), float(np.sum(expected**2))
-    return 0.0 if error == 0 else float(np.float64(error) / energy) if energy else float("inf")
-
-
-def cosine(a: ArrayLike, b: ArrayLike) -> float:
-    """Cosine of the angle between two arrays, flattened; nan if either is all zeros."""
-    x, y = _float_pair(a, b)
-    norms = float(np.linalg.norm(x) * np.linalg.norm(y))
-    return float(np.vdot(x, y)) / norms if norms else float("nan")
+    """Signal-to-quantization-noise ratio in dB of float arrays, ``10 log10(Σ reference² / Σ (value - reference)²)``;
+    inf for equal arrays, -inf if the reference is all zeros."""
+    expected, found = np.asarray(reference, np.float64), np.asarray(value, np.float64)
+    _check_shapes(expected, found)
+    noise, signal = float(np.sum((found - expected) ** 2)), float(np.sum(expected**2))
+    if not noise:
+        return float("inf")
+    return 10 * math.log10(signal / noise) if signal else float("-inf")
 
 
 def check_image(image: np.ndarray) -> None:
@@ -133,12 +124,6 @@ def _check_shapes(a: np.ndarray, b: np.ndarray) -> None:
             expected="the same shape",
             fix="compare like with like",
         )
-
-
-def _float_pair(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    _check_shapes(x, y)
-    return x.ravel(), y.ravel()
 
 
 # LPIPS (Zhang et al. 2018), version 0.1 on AlexNet, in numpy: a device needs no torch, and no weights are downloaded.
