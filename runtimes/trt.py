@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -199,11 +199,15 @@ def _compare(graph: Artifact, name: str, engine: Path, option: Mapping[str, Any]
         canary.check(graph, name, session, known, f"{library.name} {library.version}")
 
 
+@cache
+def _logger(module: Any) -> Any:
+    """The logger of all runtimes of a library, which keeps the first one's address however many are made."""
+    return module.Logger(module.Logger.ERROR)
+
+
 def _deserialize(library: Library, plan: bytes, engine: Path, resources: ExitStack, with_code: bool) -> Any:
-    trt = library.module
-    logger = trt.Logger(trt.Logger.ERROR)
-    runtime = start(trt.Runtime, library, logger)
-    resources.callback(lambda *kept: None, logger, runtime)  # an engine needs both, and keeps neither
+    runtime = start(library.module.Runtime, library, _logger(library.module))
+    resources.callback(lambda kept: None, runtime)  # an engine needs it, and does not keep it
     if with_code:  # a version-compatible plan carries a runtime of its own
         runtime.engine_host_code_allowed = True
     loaded = runtime.deserialize_cuda_engine(plan)

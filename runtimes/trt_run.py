@@ -7,6 +7,7 @@ the other one. A frozen input, such as the keys and values of a person, is uploa
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -50,6 +51,7 @@ class Slot:
 
     def __init__(self, cuda: Cuda, engine: Any, signature: Signature, stream: Any, captured: bool) -> None:
         self.cuda, self.stream = cuda, stream
+        self.own = cuda.resources.enter_context(ExitStack())  # what has to go before the context
         self.context = engine.create_execution_context()
         if self.context is None:
             raise BackendError(
@@ -107,23 +109,24 @@ class Slot:
             self.cuda.copy(self.results[name].ctypes.data, array.pointer, array.nbytes, self.stream)
 
     def _capture(self) -> Any:
-        """The graph of one frame; TensorRT wants one run before, which sets its own memory up."""
+        """The graph of one frame, None if the engine refuses. It has to run once before, which sets its memory up."""
         self._enqueue()
         call, api = self.cuda.call, self.cuda.api
         call("cudaStreamSynchronize", self.stream)
         call("cudaStreamBeginCapture", self.stream, api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+        refused = False
         try:
             self._enqueue()
+        except BackendError:  # it has just run without, so this is about the capture
+            refused = True
         finally:  # a stream must not be left in capture
             _, graph = api.cudaStreamEndCapture(self.stream)
         if not graph:
-            raise BackendError(
-                "this engine cannot be captured in a CUDA graph",
-                expected="kernels only",
-                fix="set the tensorrt option cuda_graph to false",
-            )
-        executable = call("cudaGraphInstantiate", graph, 0)
-        self.cuda.resources.callback(self.cuda.free, "cudaGraphExecDestroy", executable)
+            return None
+        executable = None
+        if not refused:
+            executable = call("cudaGraphInstantiate", graph, 0)
+            self.own.callback(self.cuda.free, "cudaGraphExecDestroy", executable)
         call("cudaGraphDestroy", graph)
         return executable
 
@@ -168,8 +171,11 @@ class TensorRTSession(GuardedSession):
         super().__init__("tensorrt", signature, lambda feeds: self._start(feeds).wait())
         self.cuda = Cuda(resources)
         self._uploads, compute = self.cuda.stream(), self.cuda.stream()
+        self._followed: set[int] = set()
         self._residents = Residents(self.cuda, self._uploads, identities)
         self._slots = [Slot(self.cuda, engine, signature, compute, captured) for _ in range(SLOTS)]
+        if captured and any(slot.graph is None for slot in self._slots):
+            print("rpfm-edge: TensorRT captures no CUDA graph of this engine, and it runs without one", file=sys.stderr)
         resources.callback(self.cuda.free, "cudaStreamSynchronize", compute)  # first of all to be called on closing
 
     def enqueue(self, feeds: DeviceFeeds) -> Pending:
@@ -222,6 +228,7 @@ class TensorRTSession(GuardedSession):
         with self._lock:
             for slot in self._slots:
                 slot.free()
+                slot.own.close()  # a graph must not outlive the context that it was captured from
             self._slots.clear()
 
     def keep(self, array: np.ndarray) -> np.ndarray:
@@ -249,6 +256,7 @@ class TensorRTSession(GuardedSession):
     def _start(self, feeds: DeviceFeeds) -> Pending:
         slot = self._slots[0]
         slot.free()
+        self._followed.clear()
         for name, array in feeds.items():
             self._upload(slot, name, array)
         self.cuda.call("cudaEventRecord", slot.uploaded, self._uploads)
@@ -279,7 +287,8 @@ class TensorRTSession(GuardedSession):
         An array that names none, as torch's, is taken to be written on the legacy default stream; None is for an owner
         that has finished.
         """
-        if stream is not None:
+        if stream is not None and stream not in self._followed:  # once a frame
+            self._followed.add(stream)
             self.cuda.call("cudaEventRecord", slot.uploaded, stream)
             self.cuda.call("cudaStreamWaitEvent", self._uploads, slot.uploaded, 0)
 

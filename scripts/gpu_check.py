@@ -140,7 +140,10 @@ def run(given: argparse.Namespace) -> int:
         machine = {side: check.ask(side, f"{side}_machine", **_backend(side, options)) for side in ("engine", "torch")}
         evidence.put("machine", {}, found=machine)
         here = {side: (found["gpu"], found["machine"]["versions"]) for side, found in machine.items()}
-        for part in (part for part in parts if part.kind in options.kinds):
+        before = evidence.read()
+        chosen = [part for part in parts if part.kind in options.kinds]
+        chosen.sort(key=lambda part: "failed" in before.get(part.name, {}))  # what failed is tried again last of all
+        for part in chosen:
             _measure(part, check, evidence, here)
             _conclude(evidence, parts, options)
     except OutOfTimeError:

@@ -86,6 +86,7 @@ class Check:
     def _environment(self) -> dict[str, str]:
         cache = self.options.out.resolve() / "cache"
         found = {"RPFM_EDGE_CACHE": str(cache / "engines"), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}
+        found["CUDA_MODULE_LOADING"] = "LAZY"  # TensorRT 8.6 builds several times as fast
         return found | ({"CUDA_VISIBLE_DEVICES": ""} if self.options.device == "cpu" else {})
 
 

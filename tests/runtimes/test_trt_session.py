@@ -25,7 +25,7 @@ from rpfm_edge.signature import Signature, TensorSpec
 from runtimes import trt_cuda
 from runtimes.trt_api import Library
 from runtimes.trt_cuda import DeviceArray
-from runtimes.trt_run import TensorRTSession, is_frozen
+from runtimes.trt_run import SLOTS, Slot, TensorRTSession, is_frozen
 from tests.runtimes.trt_fake import FAILURE, NO_MEMORY, Compute, FakeContext, FakeCuda, FakeEngine, view
 
 SIGNATURE = Signature(
@@ -291,10 +291,45 @@ def test_an_engine_that_does_not_run(cuda: FakeCuda, monkeypatch: pytest.MonkeyP
         opened(cuda, resources)
 
 
-def test_an_engine_that_cannot_be_captured(cuda: FakeCuda) -> None:
+def test_an_engine_that_cannot_be_captured_runs_without_a_graph(
+    cuda: FakeCuda, resources: ExitStack, capsys: pytest.CaptureFixture[str]
+) -> None:
     cuda.fail["cudaStreamEndCapture"] = FAILURE
-    with pytest.raises(BackendError, match="set the tensorrt option cuda_graph to false"), ExitStack() as resources:
-        opened(cuda, resources)
+    session, _ = opened(cuda, resources)
+    assert "captures no CUDA graph" in capsys.readouterr().err
+    for seed in range(3):
+        np.testing.assert_array_equal(session.run(feeds(seed))["image"], compute(feeds(seed))["image"])
+    assert not cuda.calls["cudaGraphLaunch"]
+
+
+def test_an_engine_that_refuses_while_it_is_captured(
+    cuda: FakeCuda, resources: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enqueue = Slot._enqueue
+
+    def refuse(slot: Slot) -> None:
+        if cuda.recording is not None:
+            raise BackendError("TensorRT cannot run the engine", expected="", fix="")
+        enqueue(slot)
+
+    monkeypatch.setattr(Slot, "_enqueue", refuse)
+    session, _ = opened(cuda, resources)
+    np.testing.assert_array_equal(session.run(feeds(0))["image"], compute(feeds(0))["image"])
+    assert not cuda.calls["cudaGraphInstantiate"]
+    assert cuda.calls["cudaGraphDestroy"] == SLOTS
+
+
+def test_graphs_go_before_the_contexts_they_were_captured_from(cuda: FakeCuda, resources: ExitStack) -> None:
+    session, engine = opened(cuda, resources)
+    assert cuda.calls["cudaGraphInstantiate"] == SLOTS
+    gone: list[int] = []
+    for context in engine.contexts:
+        weakref.finalize(context, lambda: gone.append(cuda.calls["cudaGraphExecDestroy"]))
+    del context
+    engine.contexts.clear()
+    session.close()
+    assert len(gone) == SLOTS
+    assert set(gone) == {SLOTS}
 
 
 def test_an_error_of_the_gpu(session: TensorRTSession, cuda: FakeCuda) -> None:

@@ -63,6 +63,8 @@ class FakeCuda:
 
         def call(*arguments: Any) -> tuple[Any, ...]:
             self.calls[name] += 1
+            if name == "cudaStreamEndCapture" and name in self.fail:
+                self.recording = None  # the stream has left the capture in any case
             return (self.fail[name], None) if name in self.fail else (SUCCESS, work[name[4:]](*arguments))
 
         return call
