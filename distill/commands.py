@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from torch import nn
 
 from distill import autoencoder as autoencoders
 from distill.autoencoder import AutoencoderTraining, SmallAutoencoder, SmallAutoencoderConfig, train_autoencoder
@@ -20,7 +21,7 @@ from distill.batches import EncodedSplit, encode_split, fingerprint
 from distill.qad import Precision, QadConfig, train_rounded
 from distill.resident import Pictures, open_pictures
 from distill.rpfm import RPFM, RPFMConfig, preset
-from distill.store import StoreConfig, Trajectories, build_store, load_store
+from distill.store import StoreConfig, build_store, load_store
 from distill.student import METHODS, DistillConfig, Method, create_student, load_student, save_student, train_student
 from distill.teacher import (
     TOOLS,
@@ -33,12 +34,13 @@ from distill.teacher import (
     save_teacher,
     train_teacher,
 )
-from distill.train import History, TrainConfig
+from distill.train import History, TrainConfig, check_settings, join_processes
 from distill.weights import load_weights, save_weights
 from rpfm_edge import artifact
 from rpfm_edge.artifact import Artifact, Stage, json_digest, tool_versions
 from rpfm_edge.data import Split
 from rpfm_edge.errors import ConfigError
+from rpfm_edge.recipe import check_size
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 LEARNING_RATES = {"int8": 1e-5, "int4-weights": 2e-5}
@@ -123,7 +125,7 @@ def train(recipe: TrainRecipe, split: Split, out: Path, validation: Split | None
     """
     _check_choice("weights", recipe.weights, DTYPES)
     torch.manual_seed(recipe.seed)
-    processes = PartialState()  # one, or those of torchrun, each with a device of its own
+    processes = join_processes()
     autoencoder, stages, data, held_out = _encoded(recipe, split, validation, _work(out))
     factor, (height, width) = autoencoder.factor, recipe.size
     latent_size = (height // factor, width // factor)
@@ -132,7 +134,7 @@ def train(recipe: TrainRecipe, split: Split, out: Path, validation: Split | None
     )
     learnt_from = {
         "autoencoder": fingerprint(autoencoder),
-        "data": split.names,
+        "data": json_digest(split.names),
         "batch": [recipe.sources, recipe.targets_per_source],
     }
     config = FlowMatchingConfig(
@@ -141,7 +143,7 @@ def train(recipe: TrainRecipe, split: Split, out: Path, validation: Split | None
             lr=recipe.lr,
             ema=recipe.ema,
             seed=recipe.seed,
-            inputs=json_digest(learnt_from),
+            inputs=learnt_from,
             evaluate_every_s=recipe.seconds / CURVE_POINTS,
             compile=recipe.compile,
         ),
@@ -179,12 +181,15 @@ def _encoded(
 
 def _autoencoder(recipe: TrainRecipe, pictures: Pictures, work: Path) -> tuple[Any, tuple[Stage, ...]]:
     """With its weights as they will be stored, so that the latents are those of the autoencoder that is shipped."""
-    dtype = DTYPES[recipe.weights]
+    dtype, patch = DTYPES[recipe.weights], preset(recipe.preset).patch
     if recipe.autoencoder != "small":
         stage = Stage("autoencoder", {"kind": "kl"}, tool_versions("diffusers"))
-        return autoencoders.load_kl(recipe.autoencoder).to(dtype).float(), (stage,)
+        loaded = autoencoders.load_kl(recipe.autoencoder)
+        check_size(recipe.size, loaded.factor * patch)
+        return loaded.to(dtype).float(), (stage,)
+    check_size(recipe.size, SmallAutoencoder.factor * patch)
     autoencoder, defaults = SmallAutoencoder(SmallAutoencoderConfig()), AutoencoderTraining()
-    learnt_from = json_digest({"data": pictures.split.names, "batch": recipe.autoencoder_batch})
+    learnt_from = {"data": json_digest(pictures.split.names), "batch": recipe.autoencoder_batch}
     limits = replace(
         defaults.train,
         seconds=recipe.autoencoder_seconds,
@@ -209,24 +214,29 @@ def distill(recipe: DistillRecipe, teacher_spec: str, split: Split, out: Path) -
     """Distill a teacher on the identities of ``split`` and write the student to ``out``."""
     config = _distill_config(recipe)
     torch.manual_seed(recipe.seed)
-    work, processes = _work(out), PartialState()  # one, or those of torchrun, each with a device of its own
+    work, processes = _work(out), join_processes()
     teacher = load_teacher(teacher_spec)
+    autoencoders.describe(cast(nn.Module, teacher.autoencoder))  # one that cannot be saved is refused now
     start, origin = load_student(recipe.init) if recipe.init else (None, None)
     student = create_student(teacher, config, _architecture(recipe, teacher), start.network if start else None)
+    identity = getattr(teacher, "digest", "") or teacher_spec
+    inputs = {"teacher": identity} | ({"init": origin.digest} if origin else {})
+    stored = StoreConfig(recipe.trajectories, targets_per_source=recipe.targets_per_source, seed=recipe.seed + 1)
+    config = _with_inputs(config, {**inputs, "store": asdict(stored), "data": json_digest(split.names)})
+    name = f"{recipe.method}-{recipe.steps}" + (f"-{origin.digest[:8]}" if origin else "")
+    checkpoint = work / f"{name}.safetensors"
+    check_settings(checkpoint, config.train)  # before the store is extended for it
     move(teacher, processes.device)
     with processes.main_process_first():
         cache = Path(recipe.cache) if recipe.cache else work
         data = encode_split(split, teacher.autoencoder, cache, teacher.size, processes.device)
-    identity = getattr(teacher, "digest", "") or teacher_spec
-    store, store_config = _store(recipe, teacher, identity, data, work)
-    inputs = {"teacher": identity} | ({"init": origin.digest} if origin else {})
-    learnt_from = {"inputs": inputs, "store": asdict(store_config), "data": split.names, "batch": recipe.batch}
-    learnt_from["perceptual_weight"] = config.perceptual_weight
-    config = replace(config, train=replace(config.train, inputs=json_digest(learnt_from)))
-    name = f"{recipe.method}-{recipe.steps}" + (f"-{origin.digest[:8]}" if origin else "")
-    student, history = train_student(student, data, store, config, work / f"{name}.safetensors")
+    folder = Path(recipe.store) if recipe.store else work / "store"
+    build_store(teacher, identity, data, folder, stored, recipe.store_seconds, processes)
+    processes.wait_for_everyone()
+    store = load_store(folder, stored, processes.device)
+    student, history = train_student(student, data, store, config, checkpoint)
 
-    trained_on = {"trajectories": len(store.states), "store": asdict(store_config), "guidance": _guidance(teacher)}
+    trained_on = {"trajectories": len(store.states), "store": asdict(stored), "guidance": _guidance(teacher)}
     lineage = tuple(getattr(teacher, "lineage", ()))
     lineage += tuple(stage for stage in (origin.lineage if origin else ()) if stage not in lineage)
     lineage += (_stage("distill", config, history, split, inputs, trained_on),)
@@ -240,12 +250,11 @@ def distill(recipe: DistillRecipe, teacher_spec: str, split: Split, out: Path) -
 def fine_tune(recipe: QadRecipe, student_spec: str, split: Split, out: Path) -> Artifact:
     """Fine-tune a float student on the identities of ``split`` for a precision and write the new student to ``out``."""
     _check_choice("weights", recipe.weights, DTYPES)
-    _check_numbers(recipe)
     torch.manual_seed(recipe.seed)
-    processes = PartialState()
+    processes = join_processes()
     student, origin = load_student(student_spec)
     size, steps = tuple(origin.config["size"]), recipe.steps or int(origin.config["steps"])
-    learnt_from = {"student": origin.digest, "data": split.names, "batch": recipe.batch}
+    learnt_from = {"student": origin.digest, "data": json_digest(split.names), "batch": recipe.batch}
     learnt_from |= {"precision": recipe.precision, "steps": steps}
     limits = TrainConfig(
         seconds=recipe.seconds,
@@ -254,7 +263,7 @@ def fine_tune(recipe: QadRecipe, student_spec: str, split: Split, out: Path) -> 
         warmup_steps=10,
         precision="no",
         seed=recipe.seed,
-        inputs=json_digest(learnt_from),
+        inputs=learnt_from,
     )
     config = QadConfig(steps, recipe.precision, limits, targets=recipe.batch)
     checkpoint = _work(out) / f"qad-{recipe.precision}-{steps}-{origin.digest[:8]}.safetensors"
@@ -266,18 +275,6 @@ def fine_tune(recipe: QadRecipe, student_spec: str, split: Split, out: Path) -> 
         save_student(made, out, kept, size, (*origin.lineage, stage), DTYPES[recipe.weights], **facts)
     processes.wait_for_everyone()
     return artifact.load(out, "student")
-
-
-def _check_numbers(recipe: QadRecipe) -> None:
-    numbers: dict[str, float | None] = {
-        f"{recipe.steps} steps": recipe.steps,
-        f"a batch of {recipe.batch}": recipe.batch,
-        f"{recipe.seconds:g} seconds": recipe.seconds,
-        f"a learning rate of {recipe.lr}": recipe.lr,
-    }
-    for problem, value in numbers.items():
-        if value is not None and not value > 0:
-            raise ConfigError(problem, expected="more than 0", fix="give a positive number")
 
 
 def _distill_config(recipe: DistillRecipe) -> DistillConfig:
@@ -297,15 +294,10 @@ def _distill_config(recipe: DistillRecipe) -> DistillConfig:
     return config if weight is None else replace(config, perceptual_weight=weight)
 
 
-def _store(
-    recipe: DistillRecipe, teacher: Teacher, identity: str, data: EncodedSplit, work: Path
-) -> tuple[Trajectories, StoreConfig]:
-    """The teacher's paths: those that are there, after solving those that are missing."""
-    processes, folder = PartialState(), Path(recipe.store) if recipe.store else work / "store"
-    config = StoreConfig(recipe.trajectories, targets_per_source=recipe.targets_per_source, seed=recipe.seed + 1)
-    build_store(teacher, identity, data, folder, config, recipe.store_seconds, processes)
-    processes.wait_for_everyone()
-    return load_store(folder, config, processes.device), config
+def _with_inputs(config: DistillConfig, inputs: dict[str, Any]) -> DistillConfig:
+    """Its training knows what it learns from, and by which batches and weights."""
+    learnt_from = {**inputs, "batch": config.batch, "perceptual_weight": config.perceptual_weight}
+    return replace(config, train=replace(config.train, inputs=learnt_from))
 
 
 def _architecture(recipe: DistillRecipe, teacher: Teacher) -> RPFMConfig | None:

@@ -115,8 +115,9 @@ def create_student(
 ) -> Student:
     """A student that begins with the weights of ``start``, otherwise the teacher's, where the teacher is an RPFM.
 
-    Its architecture is that of these weights; without any it is a fresh ``network``. With ``flowmap`` it gets a step
-    embedding, if it has none, that starts at zero, so it begins as what it was.
+    Its architecture is that of these weights, and a ``network`` that differs is refused; without any it is a fresh
+    ``network``. With ``flowmap`` it gets a step embedding, if it has none, that starts at zero, so it begins as what it
+    was.
     """
     if config.method not in METHODS:
         raise ConfigError(f"unknown method {config.method!r}", expected=f"one of {METHODS}", fix="check the spelling")
@@ -124,10 +125,9 @@ def create_student(
         raise ConfigError(f"{config.steps} steps", expected="1, 2, 4 or 8 for a flow map", fix="choose one of them")
     if config.method == "endpoint" and config.steps not in (1, 2, 4, 8):
         raise ConfigError(f"{config.steps} steps", expected="1, 2, 4 or 8 on the stored grid", fix="choose one of them")
+    start = start or (teacher.network if isinstance(teacher, RPFMTeacher) else None)
     if start is not None:
         _check_start(teacher, config, network, start.config)
-    elif isinstance(teacher, RPFMTeacher):
-        start = teacher.network
     elif network is None:
         raise ConfigError(
             "a teacher that is no RPFM network", expected="the student's architecture", fix="give a preset: --preset xs"
@@ -137,6 +137,7 @@ def create_student(
     student = RPFM(replace(base, step_embedding=base.step_embedding or config.method == "flowmap"))
     if start is not None:
         student.load_state_dict(start.state_dict(), strict=False)
+    student.null_source.requires_grad_(False)  # of guidance, which is folded in
     assert isinstance(teacher.autoencoder, nn.Module)
     return Student(student, teacher.autoencoder)
 
@@ -151,7 +152,9 @@ def _check_start(teacher: Teacher, config: DistillConfig, network: RPFMConfig | 
     for name, value in wanted.items():
         if given[name] != value:
             raise ConfigError(
-                f"the student to start from has {name} {given[name]}", expected=str(value), fix="start from another one"
+                f"the network to start from has {name} {given[name]}",
+                expected=str(value),
+                fix="start from another one" + (", or leave the preset out" if name == "architecture" else ""),
             )
     if start.step_embedding and config.method == "reflow":
         raise ConfigError(

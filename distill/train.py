@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -47,7 +49,7 @@ class TrainConfig:
     ema: float = 0.999
     precision: str = "bf16"  # autocast: "no" or "bf16"
     seed: int = 0
-    inputs: str = ""  # digest of what else a resumed run must share: data, batches, the networks it learns from
+    inputs: Mapping[str, Any] = field(default_factory=dict)  # what else a resumed run must share: data, batches, …
     save_every_s: float = 60.0
     evaluate_every_s: float = 0.0  # of training; 0: never
     compile: bool = False  # by torch.compile: a minute at the start, fewer and larger kernels after it
@@ -65,6 +67,14 @@ class History:
     elapsed_s: float = 0.0
     losses: list[float] = field(default_factory=list)
     validation: list[tuple[float, int, float]] = field(default_factory=list)
+
+
+def join_processes() -> PartialState:
+    """This process, or those of torchrun, each with a device of its own.
+
+    Accelerate joins those without a GPU only if it is told that they run on the CPU.
+    """
+    return PartialState(cpu="LOCAL_RANK" in os.environ and not torch.cuda.is_available())
 
 
 def fit(
@@ -191,6 +201,7 @@ class _Run:
 
 
 def _begin(module: nn.Module, config: TrainConfig, checkpoint: Path, title: str) -> _Run:
+    join_processes()  # which the accelerator joins
     accelerator = Accelerator()
     module = module.to(accelerator.device).train()
     ema = deepcopy(module).eval().requires_grad_(False)
@@ -199,7 +210,8 @@ def _begin(module: nn.Module, config: TrainConfig, checkpoint: Path, title: str)
     )
     history = History()
     if checkpoint.exists():
-        history = _restore(checkpoint, module, ema, optimizer, _settings(config))
+        history = _restore(checkpoint, module, ema, optimizer)
+        check_settings(checkpoint, config)
     model, optimizer = accelerator.prepare(module, optimizer)
     if config.compile:
         model = torch.compile(model)
@@ -225,9 +237,55 @@ def _compile_errors(compiling: bool) -> Iterator[None]:
         ) from None
 
 
-def _settings(config: TrainConfig) -> dict[str, object]:
-    """What a resumed run must share with the one that it continues."""
-    return {k: v for k, v in asdict(config).items() if k not in FREE}
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """What a resumed run must share with the one that it continues, as JSON holds it."""
+    settings: dict[str, Any] = json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in FREE}))
+    return settings
+
+
+def check_settings(checkpoint: Path, config: TrainConfig) -> None:
+    """Raise ``ConfigError`` if a run with ``config`` may not continue from ``checkpoint``, where there is one."""
+    if not checkpoint.exists():
+        return
+    with _readable(checkpoint), safe_open(checkpoint, framework="pt") as file:
+        saved = json.loads(file.metadata()["settings"])
+    if isinstance(saved.get("inputs"), str):  # a digest, which older versions kept
+        raise ConfigError(
+            f"{checkpoint} was begun by an older version, and does not say what it learns from",
+            expected="a checkpoint of this version",
+            fix="delete it to start afresh",
+        )
+    if other := _differences(saved, _settings(config)):
+        raise ConfigError(
+            f"{checkpoint} was trained with other settings ({', '.join(other)})",
+            expected=", ".join(f"{key} = {value}" for key, value in other.items()),
+            fix="delete it to start afresh, or use these",
+        )
+
+
+def _differences(saved: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values in ``saved`` that ``given`` has not, by dotted keys; None for those that only ``given`` has."""
+    found: dict[str, Any] = {}
+    for key in sorted({*saved, *given}):
+        one, other = saved.get(key), given.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            found |= _differences(one, other, f"{prefix}{key}.")
+        elif one != other:
+            found[prefix + key] = one
+    return found
+
+
+@contextmanager
+def _readable(checkpoint: Path) -> Iterator[None]:
+    """Say of a checkpoint that cannot be read, or that is of another network, what to do with it."""
+    try:
+        yield
+    except Exception as error:
+        raise ArtifactError(
+            f"{checkpoint} does not fit this run ({str(error).splitlines()[0]})",
+            expected="a checkpoint of the same network",
+            fix="delete it to start afresh, or give another output folder",
+        ) from None
 
 
 def _progress(history: History, config: TrainConfig) -> float:
@@ -271,29 +329,14 @@ def _save(
     write_bytes(path, save(contiguous, {"history": json.dumps(asdict(history)), "settings": json.dumps(settings)}))
 
 
-def _restore(
-    path: Path, module: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, object]
-) -> History:
-    try:
+def _restore(path: Path, module: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> History:
+    with _readable(path):
         with safe_open(path, framework="pt") as file:
             history = History(**json.loads(file.metadata()["history"]))
             history.validation = [(seconds, step, value) for seconds, step, value in history.validation]
-            saved = json.loads(file.metadata()["settings"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         module.load_state_dict(_under(tensors, "model."))
         ema.load_state_dict(_under(tensors, "ema."))
-    except Exception as error:
-        raise ArtifactError(
-            f"{path} does not fit this run ({str(error).splitlines()[0]})",
-            expected="a checkpoint of the same network",
-            fix="delete it to start afresh, or give another output folder",
-        ) from None
-    if saved != json.loads(json.dumps(settings)):
-        raise ConfigError(
-            f"{path} was trained with other settings",
-            expected=str(saved),
-            fix="delete it to start afresh, or use these",
-        )
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in _under(tensors, "optimizer.").items():
         index, name = key.split(".", 1)

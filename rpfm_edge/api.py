@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,8 +50,8 @@ def train(config: str | Path, data: str | Path, out: str | Path, **changes: Any)
     """
     commands = _distill_commands()
     text = str(config)
-    recipe = parse(commands.TrainRecipe, read_toml(Path(config)) if text.endswith(".toml") else {"preset": text}, text)
-    recipe = replace(recipe, **_given(changes))
+    table = read_toml(Path(config)) if text.endswith(".toml") else {"preset": text}
+    recipe = parse(commands.TrainRecipe, {**table, **_given(changes)}, text)
     commands.preset(recipe.preset)  # what is wrong is said now, not after the autoencoder's training
     guidance_scale(0.0, recipe.guidance_scale, recipe.guidance_schedule)
     splits = open_splits(data)

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from math import inf
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -25,6 +26,9 @@ Method = Literal["ptq", "sweep", "accuracy-control"]
 METHODS = get_args(Method)
 Backend = Literal["openvino", "onnxruntime", "tensorrt", "torch-tensorrt", "torch"]
 T = TypeVar("T")
+SMALL_MULTIPLE = 16  # pixels per latent of the small autoencoder, 8, times the networks' patch, 2
+COUNTS = ("steps", "batch", "trajectories", "targets_per_source", "sources", "autoencoder_batch", "pairs", "runs")
+AMOUNTS = ("seconds", "autoencoder_seconds", "store_seconds", "lr", "ema")
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +209,8 @@ def load_recipe(path: Path | str) -> Recipe:
     recipe = parse(Recipe, table, str(path))
     _check_names(recipe, str(path))
     _check_student(recipe, str(path))
-    _check_counts(recipe, str(path))
+    if recipe.teacher.artifact is None and recipe.teacher.autoencoder == "small":
+        check_size(recipe.teacher.size, SMALL_MULTIPLE, f"{path} [teacher]: ")
     _check_distill(recipe, str(path))
     _check_targets(recipe, str(path))
     _check_samples(recipe, str(path))
@@ -217,27 +222,27 @@ def load_recipe(path: Path | str) -> Recipe:
     return recipe
 
 
-COUNTS = ("steps", "batch", "trajectories", "targets_per_source", "sources", "autoencoder_batch", "pairs", "runs")
-
-
-def _check_counts(table: Any, where: str) -> None:
-    """No count, in this table or one inside it, is below 1."""
-    for one in fields(table):
-        value = getattr(table, one.name)
-        values = value if isinstance(value, tuple) else (value,)
-        for number, inner in enumerate(values, 1):
-            if is_dataclass(inner):
-                title = f"[[{one.name}]] {number}" if values is value else f"[{one.name}]"
-                _check_counts(inner, f"{where} {title}")
-        if one.name in COUNTS and value is not None and min(values, default=0) < 1:
-            shown = list(values) if values is value else value
-            raise ConfigError(f"{where}: {one.name} = {shown}", expected="at least 1", fix="correct the value")
+def check_size(size: tuple[int, int], multiple: int, where: str = "") -> None:
+    """Raise ``ConfigError`` for pictures that cannot be cut into latents and these into patches."""
+    if any(side < multiple or side % multiple for side in size):
+        nearest = [max(1, round(side / multiple)) * multiple for side in size]
+        raise ConfigError(
+            f"{where}size = {list(size)}",
+            expected=f"multiples of {multiple}, pixels per latent times the patch",
+            fix=f"take {nearest}",
+        )
 
 
 def _check_distill(recipe: Recipe, where: str) -> None:
     """Every student can be trained as it is asked for."""
     for name, table in recipe.students.items():
         title, weight = f"{where} [[distill]] {name}", table.perceptual_weight
+        if recipe.teacher.artifact is None and table.preset not in (None, recipe.teacher.preset):
+            raise ConfigError(
+                f"{title}: preset = {table.preset!r}",
+                expected=f"that of the teacher, {recipe.teacher.preset!r}, whose weights it starts from",
+                fix="leave it out",
+            )
         if table.method != "reflow" and table.steps not in (1, 2, 4, 8):
             raise ConfigError(
                 f"{title}: steps = {table.steps}",
@@ -387,7 +392,8 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def parse(kind: type[T], table: Mapping[str, Any], where: str) -> T:
-    """Build the dataclass ``kind`` from a table: unknown keys, missing keys and wrong types are errors.
+    """Build the dataclass ``kind`` from a table: unknown keys, missing keys, wrong types, counts below 1, and times and
+    rates that are not positive are errors.
 
     A field ``from_`` is the key ``from``, which Python keeps for itself.
     """
@@ -398,6 +404,9 @@ def parse(kind: type[T], table: Mapping[str, Any], where: str) -> T:
             names = list(known)
             raise ConfigError(f"{where}: unknown key {key!r}", expected=f"one of {names}", fix="check the spelling")
     values = {known[key]: _value(hints[key], value, where, key) for key, value in table.items()}
+    for key, value in table.items():
+        if kind is not BenchTable or key in COUNTS:  # the seconds of [bench] may be 0
+            _check_range(key, value, where)
     try:
         return kind(**values)
     except TypeError:
@@ -414,6 +423,14 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
     if inner and get_origin(hint) is not tuple and isinstance(value, Mapping):
         return parse(inner, value, f"{where} [{key}]")  # type: ignore[arg-type]
     return _checked(hint, value, f"{where}: {key}")
+
+
+def _check_range(key: str, value: Any, where: str) -> None:
+    numbers = value if isinstance(value, list | tuple) else (value,)
+    if key in COUNTS and min(numbers, default=0) < 1:
+        raise ConfigError(f"{where}: {key} = {value}", expected="at least 1", fix="correct the value")
+    if key in AMOUNTS and not 0 < value < inf:
+        raise ConfigError(f"{where}: {key} = {value:g}", expected="a finite number above 0", fix="correct the value")
 
 
 def _checked(hint: Any, value: Any, where: str) -> Any:

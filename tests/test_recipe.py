@@ -13,9 +13,11 @@ from typing import Any
 import cv2
 import pytest
 
+from distill.autoencoder import SmallAutoencoder
+from distill.rpfm import PRESETS
 from rpfm_edge import api, artifact, measure, run
 from rpfm_edge.errors import ArtifactError, ConfigError
-from rpfm_edge.recipe import DistillTable, Recipe, load_recipe, parse
+from rpfm_edge.recipe import SMALL_MULTIPLE, DistillTable, Recipe, load_recipe, parse
 from runtimes import ort, ov
 from tests.toy import make_teacher
 
@@ -149,6 +151,19 @@ def test_the_chain_for_a_gpu_is_the_one_that_is_tried_at_toy_size(name: str) -> 
         (f"{TWO}perceptual_weight = 0.5", "b: perceptual_weight = 0.5 with method flowmap", "with endpoint"),
         (f"{TWO}[bench]\nruns = 0", "[bench]: runs = 0", "at least 1"),
         (f"{TWO}[validate]\npairs = 0", "[validate]: pairs = 0", "at least 1"),
+        (f"{TWO}preset = 's'", "[[distill]] b: preset = 's'", "that of the teacher, 'xs'"),
+        (f"{TWO}batch = 0", "[[distill]] 2: batch = 0", "at least 1"),
+        (f"{TWO}seconds = -1", "[[distill]] 2: seconds = -1", "above 0"),
+        (f"{TWO}seconds = inf", "[[distill]] 2: seconds = inf", "finite"),
+        (f"{TWO}lr = nan", "[[distill]] 2: lr = nan", "above 0"),
+        (f"{TWO}[store]\ntrajectories = 0", "[store]: trajectories = 0", "at least 1"),
+        (f"{TWO}[store]\nseconds = 0", "[store]: seconds = 0", "above 0"),
+        (f"{TWO}[qad]\nseconds = 0.0", "[qad]: seconds = 0", "above 0"),
+        (f"{TWO}[teacher]\nsources = 0", "[teacher]: sources = 0", "at least 1"),
+        (f"{TWO}[teacher]\nautoencoder_seconds = 0", "[teacher]: autoencoder_seconds = 0", "above 0"),
+        (f"{TWO}[teacher]\nema = 0", "[teacher]: ema = 0", "above 0"),
+        (f"{TWO}[teacher]\nsize = [250, 176]", "[teacher]: size = [250, 176]", "multiples of 16"),
+        (f"{TWO}[teacher]\nsize = [256, 0]", "[teacher]: size = [256, 0]", "multiples of 16"),
         (f"{TWO}[render]\nsource = 'a.png'", "[render]: source without pose", "both"),
         (f"{TWO}[render]\npose = 'a.json'", "[render]: pose without source", "both"),
         ("out = 'x'", "makes no student", "[student] artifact"),
@@ -163,6 +178,17 @@ def test_a_wrong_recipe_says_what_is_wrong(tmp_path: Path, text: str, problem: s
     assert problem in raised.value.problem
     assert expected in raised.value.expected
     assert "recipe.toml" in str(raised.value)
+
+
+def test_a_size_that_fits_is_offered(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text(f"{TWO}[teacher]\nsize = [250, 5]\n")
+    with pytest.raises(ConfigError, match=r"size = \[250, 5\]: .*; take \[256, 16\]"):
+        load_recipe(file)
+
+
+def test_the_multiple_of_a_size_is_that_of_the_networks() -> None:
+    assert {SmallAutoencoder.factor * network.patch for network in PRESETS.values()} == {SMALL_MULTIPLE}
 
 
 def test_the_single_distill_table_of_old_is_told_what_to_write(tmp_path: Path) -> None:
@@ -192,6 +218,11 @@ def test_students_start_from_earlier_ones_or_from_artifacts(tmp_path: Path) -> N
     [
         f"{TWO}method = 'reflow'\nsteps = 3",  # which knows no step sizes
         f"{FLOAT}samples = 0",  # nothing is calibrated
+        f"{TWO}preset = 'xs'",  # the teacher's
+        f"{TWO}preset = 's'\n[teacher]\nartifact = 'my_teacher:factory'",  # which is no RPFM network
+        f"{TWO}[bench]\nseconds = 0",  # as many runs as it says
+        f"{TWO}[teacher]\nsize = [252, 180]\nautoencoder = 'vae'",  # with 2 pixels per latent, perhaps
+        f"{TWO}[teacher]\nsize = [250, 170]\nartifact = 'teacher:xs'",  # where nothing is trained
         f"{FLOAT}also = []\n[build]\ntargets = ['openvino', 'torch']\n[frontier]",  # whose INT8 one of them runs
     ],
 )

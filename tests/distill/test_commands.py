@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from distill import rpfm
 from distill.commands import DistillRecipe, TrainRecipe, distill, train
-from distill.student import load_student
+from distill.student import DistillConfig, create_student, load_student
+from distill.teacher import load_teacher
+from rpfm_edge import api
 from rpfm_edge.artifact import Artifact
 from rpfm_edge.data import Split, hold_out, open_split, sample_root
 from rpfm_edge.errors import ConfigError
+from tests.distill.test_teacher import gaussian_teacher
 from tests.distill.tiny import SIZE
 
 QUICK = DistillRecipe(trajectories=32, targets_per_source=4, seconds=0.1, batch=8)
@@ -95,6 +100,71 @@ def test_another_start_begins_afresh(
     assert len(list((folder / "e.work").glob("endpoint-1-*.safetensors"))) == 2
 
 
+def foreign_teacher() -> SimpleNamespace:
+    """A factory whose teacher has an autoencoder that no artifact can hold."""
+    return SimpleNamespace(**{**vars(gaussian_teacher()), "autoencoder": _Identity()})
+
+
+class _Identity(torch.nn.Identity):
+    latent_channels, factor = 8, 8
+
+
+def test_a_teacher_whose_student_cannot_be_saved(splits: tuple[Split, Split], tmp_path: Path) -> None:
+    spec = "tests.distill.test_commands:foreign_teacher"
+    with pytest.raises(ConfigError, match="autoencoder _Identity: expected SmallAutoencoder or KLAutoencoder"):
+        distill(replace(QUICK, preset="xs"), spec, splits[0], tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_preset_that_is_not_the_teachers(splits: tuple[Split, Split], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has architecture .*dim=192.*: expected .*dim=384"):
+        distill(replace(QUICK, preset="s"), "teacher:xs", splits[0], tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    student = create_student(load_teacher("teacher:xs"), DistillConfig(), rpfm.preset("xs"))
+    assert student.network.config.dim == 192
+
+
+def test_a_size_that_cannot_be_cut_into_patches(splits: tuple[Split, Split], tmp_path: Path) -> None:
+    """Refused before anything is trained or encoded: 8 pixels per latent and 2 × 2 latents per patch."""
+    with pytest.raises(ConfigError, match=r"size = \[100, 48\]: expected multiples of 16, .*; take \[96, 48\]"):
+        train(TrainRecipe(size=(100, 48)), splits[0], tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_size_is_measured_by_the_autoencoder_that_is_given(splits: tuple[Split, Split], tmp_path: Path) -> None:
+    """Four pixels per latent, so multiples of 8."""
+    from diffusers import AutoencoderKL
+
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
+    vae = AutoencoderKL(**blocks, block_out_channels=[8, 8, 8], norm_num_groups=4)
+    vae.save_pretrained(tmp_path / "vae")
+    with pytest.raises(ConfigError, match=r"size = \[68, 40\]: expected multiples of 8, .*; take \[64, 40\]"):
+        train(TrainRecipe(size=(68, 40), autoencoder=str(tmp_path / "vae")), splits[0], tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["vae"]
+
+
+WRONG = {"seconds": -1.0, "lr": 0.0, "ema": 0.0, "batch": 0, "targets_per_source": 0, "trajectories": 0}
+
+
+@pytest.mark.parametrize("key", [*WRONG, "store_seconds"])
+def test_numbers_that_distill_cannot_take(key: str, tmp_path: Path) -> None:
+    value = WRONG.get(key, 0.0)
+    with pytest.raises(ConfigError, match=rf"^distill: {key} = {value:g}: expected"):
+        api.distill("teacher:xs", "sample", tmp_path / "out", **{key: value})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("changes", [{"seconds": -1.0}, {"autoencoder_seconds": 0.0}, {"sources": 0}])
+def test_numbers_that_train_cannot_take(changes: dict[str, float], tmp_path: Path) -> None:
+    """The same in a file and beside it."""
+    [(key, value)], file = changes.items(), tmp_path / "config.toml"
+    file.write_text(f"{key} = {value}\n")
+    for config, given in (("xs", changes), (file, {})):
+        with pytest.raises(ConfigError, match=rf"{key} = {value:g}: expected"):
+            api.train(config, "sample", tmp_path / "out", **given)
+    assert list(tmp_path.iterdir()) == [file]
+
+
 @pytest.mark.parametrize(("method", "weight"), [("flowmap", 0.5), ("endpoint", -1.0)])
 def test_perceptual_weight_that_cannot_be(
     method: str, weight: float, splits: tuple[Split, Split], tmp_path: Path
@@ -117,8 +187,16 @@ def test_perceptual_weight_is_recorded(
 def test_unfinished_training_on_other_inputs_is_refused(
     teacher: Artifact, splits: tuple[Split, Split], folder: Path
 ) -> None:
-    """Zero steps would be trained, and the record would name a batch that no step has seen."""
+    """Zero steps would be trained, and the record would name a batch that no step has seen. The store is left alone."""
     recipe = replace(QUICK, cache=str(folder / "cache"), store=str(folder / "store-2"))
     distill(recipe, str(teacher.path), splits[0], folder / "other")
-    with pytest.raises(ConfigError, match="was trained with other settings"):
+    with pytest.raises(ConfigError, match=r"was trained with other settings \(inputs.batch\): expected .* = 8;"):
         distill(replace(recipe, batch=16), str(teacher.path), splits[0], folder / "other")
+    shards = len(list((folder / "store-2").glob("shard-*")))
+    more = replace(recipe, trajectories=recipe.trajectories + 64)
+    with pytest.raises(ConfigError, match=r"\(inputs.store.trajectories\): expected .* = 32; delete it"):
+        distill(more, str(teacher.path), splits[0], folder / "other")
+    assert len(list((folder / "store-2").glob("shard-*"))) == shards
+    (folder / "other.work" / "flowmap-4.safetensors").unlink()
+    distill(more, str(teacher.path), splits[0], folder / "other")
+    assert len(list((folder / "store-2").glob("shard-*"))) == shards + 2

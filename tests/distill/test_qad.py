@@ -257,10 +257,10 @@ def test_it_goes_the_usual_way_to_an_int8_graph(made: Artifact, tmp_path: Path) 
     [
         ({"precision": "fp8"}, r"precision = 'fp8': expected one of \['int8', 'int4-weights'\]"),
         ({"trajectories": 64}, "unknown key 'trajectories'"),
-        ({"steps": 0}, "0 steps: expected more than 0"),
-        ({"batch": 0}, "a batch of 0: expected more than 0"),
-        ({"seconds": -1.0}, "-1 seconds: expected more than 0"),
-        ({"lr": 0.0}, "a learning rate of 0.0: expected more than 0"),
+        ({"steps": 0}, "steps = 0: expected at least 1"),
+        ({"batch": 0}, "batch = 0: expected at least 1"),
+        ({"seconds": -1.0}, "seconds = -1: expected a finite number above 0"),
+        ({"lr": 0.0}, "lr = 0: expected a finite number above 0"),
         ({"weights": "int8"}, "unknown weights 'int8'"),
     ],
 )

@@ -235,6 +235,16 @@ def test_a_start_that_does_not_fit(changes: dict[str, object], message: str, tea
         create_student(teacher, DistillConfig("reflow", 1), NETWORK, start)
 
 
+@pytest.mark.parametrize("start", [True, False])
+def test_the_architecture_is_that_of_the_weights(start: bool, teacher: RPFMTeacher) -> None:
+    """Another one is refused, whether the weights are the teacher's or a student's; their own may be named."""
+    given = create_student(teacher, DistillConfig("reflow", 1)).network if start else None
+    student = create_student(teacher, DistillConfig("flowmap", 1), NETWORK, given)
+    assert student.network.config == replace(NETWORK, step_embedding=True)
+    with pytest.raises(ConfigError, match=r"architecture .*dim=32.*: expected .*dim=64.*; .* leave the preset out"):
+        create_student(teacher, DistillConfig("flowmap", 1), replace(NETWORK, dim=64), given)
+
+
 def test_artifact_round_trip(teacher: RPFMTeacher, data: EncodedSplit, tmp_path: Path) -> None:
     config = DistillConfig("flowmap", 2)
     student = create_student(teacher, config).eval()

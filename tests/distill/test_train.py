@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from distill import train
-from distill.train import TrainConfig, fit
+from distill.student import METHODS
+from distill.train import TrainConfig, check_settings, fit
 from rpfm_edge.errors import ArtifactError, ConfigError
+from tests.distill.tiny import toy_teacher
 
 TRUE = torch.tensor([[2.0, -1.0, 0.5]])
 CONFIG = TrainConfig(steps=60, lr=0.05, warmup_steps=5, ema=0.9, precision="no", seed=3)
@@ -102,8 +105,30 @@ def test_another_networks_checkpoint_is_refused(tmp_path: Path) -> None:
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:
     fit(Regression(), loss, CONFIG, tmp_path / "c", "t")
-    with pytest.raises(ConfigError, match="trained with other settings"):
+    with pytest.raises(ConfigError, match=r"trained with other settings \(lr\): expected lr = 0.05;"):
         fit(Regression(), loss, replace(CONFIG, lr=0.01), tmp_path / "c", "t")
+
+
+def test_other_inputs_are_named(tmp_path: Path) -> None:
+    config = replace(CONFIG, inputs={"batch": (8, 4), "store": {"grid": 8, "seed": 1}, "init": "a"})
+    fit(Regression(), loss, config, tmp_path / "c", "t")
+    check_settings(tmp_path / "c", replace(config, seconds=9.0))  # which is free
+    check_settings(tmp_path / "none", config)
+    other = replace(config, inputs={"batch": (8, 4), "store": {"grid": 8, "seed": 2}, "data": "b"})
+    with pytest.raises(ConfigError) as raised:
+        check_settings(tmp_path / "c", other)
+    assert raised.value.problem.endswith("other settings (inputs.data, inputs.init, inputs.store.seed)")
+    assert raised.value.expected == "inputs.data = None, inputs.init = a, inputs.store.seed = 1"
+
+
+def test_a_checkpoint_that_keeps_a_digest_of_its_inputs_is_refused(tmp_path: Path) -> None:
+    fit(Regression(), loss, CONFIG, tmp_path / "c", "t")
+    with safe_open(tmp_path / "c", framework="pt") as file:
+        metadata = dict(file.metadata())
+    settings = {**json.loads(metadata["settings"]), "inputs": "3f" * 32}
+    save_file(load_file(tmp_path / "c"), tmp_path / "c", {**metadata, "settings": json.dumps(settings)})
+    with pytest.raises(ConfigError, match=r"was begun by an older version, .*; delete it to start afresh"):
+        fit(Regression(), loss, CONFIG, tmp_path / "c", "t")
 
 
 def test_a_cut_checkpoint_is_refused_and_kept(tmp_path: Path) -> None:
@@ -257,12 +282,39 @@ state = PartialState()
 """
 
 
-def test_two_processes_train_one_model(tmp_path: Path) -> None:
-    """Both ranks end with the same weights, and the reported loss is the mean over both ranks' batches."""
+TWO_STUDENTS = """
+import json, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from distill.store import StoreConfig, build_store, load_store
+from distill.student import METHODS, DistillConfig, create_student, train_student
+from distill.train import TrainConfig, join_processes
+from tests.distill.tiny import toy_data, toy_teacher
+out, state, teacher = Path(sys.argv[1]), join_processes(), toy_teacher()
+with state.main_process_first():
+    data = toy_data(teacher, out / "cache")
+store = StoreConfig(trajectories=32, sources_per_shard=2, targets_per_source=4)
+build_store(teacher, "toy", data, out / "store", store, processes=state)
+state.wait_for_everyone()
+limits = TrainConfig(steps=3, lr=1e-3, warmup_steps=1, precision="no")
+made = {"world": state.num_processes}
+for method in METHODS:
+    config = DistillConfig(method, 2, limits, batch=8)
+    student = create_student(teacher, config)
+    student, history = train_student(student, data, load_store(out / "store"), config, out / method)
+    weights = {name: weight.double().sum().item() for name, weight in student.network.named_parameters()}
+    made[method] = {"losses": history.losses, "weights": weights}
+(out / f"rank{state.process_index}.json").write_text(json.dumps(made))
+"""
+
+
+def two_processes(text: str, tmp_path: Path) -> list[dict[str, Any]]:
+    """Run a script under torchrun; returns what each of its two processes wrote."""
     script = tmp_path / "run.py"
-    script.write_text(TWO_PROCESSES)
+    script.write_text(text)
     root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": root, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [
         sys.executable,
         "-m",
@@ -274,8 +326,25 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
     ]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
-    assert first["world"] == 2
+    made = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert [one["world"] for one in made] == [2, 2]
+    return made
+
+
+def test_two_processes_train_one_student(tmp_path: Path) -> None:
+    """Of every method, for several steps: all that is trained is used. What is left as the teacher's is the null."""
+    first, second = two_processes(TWO_STUDENTS, tmp_path)
+    assert first == second
+    taught = {name: weight.double().sum().item() for name, weight in toy_teacher().network.named_parameters()}
+    for method in METHODS:
+        assert len(first[method]["losses"]) == 3
+        weights = first[method]["weights"]
+        assert [name for name in taught if weights[name] == pytest.approx(taught[name], abs=1e-9)] == ["null_source"]
+
+
+def test_two_processes_train_one_model(tmp_path: Path) -> None:
+    """Both ranks end with the same weights, and the reported loss is the mean over both ranks' batches."""
+    first, second = two_processes(TWO_PROCESSES, tmp_path)
     assert first["weight"] == second["weight"]
     assert first["validation"] == second["validation"]
     assert first["validation"][-1][1:] == [60, first["weight"][0][0]]
