@@ -27,7 +27,7 @@ from rpfm_edge.pose import read_pose
 from rpfm_edge.precisions import CALIBRATED, Precision
 from rpfm_edge.recipe import PRECISIONS, check_method, parse, read_toml
 from rpfm_edge.regression import FAILURES, GateConfig, run_against, run_gate, run_save
-from rpfm_edge.splits import open_splits
+from rpfm_edge.splits import open_splits, sample_inputs
 from rpfm_edge.stages import Stages
 from rpfm_edge.validate import validate as _validate
 
@@ -231,16 +231,13 @@ def bench(bundle: str | Path, backend: str | None = None, runs: int = 50, second
     is in ``skipped`` likewise, unless it was asked for. If none can be timed, the first error is raised.
     """
     loaded = artifact.load(assets.resolve(bundle), "bundle")
-    test = open_splits("sample").test
-    source, target = (int(i) for i in test.pairs[0])
-    size = tuple(loaded.config["size"])
-    pose = test.pose(target, size)
+    source, pose = sample_inputs(tuple(loaded.config["size"]))
     skipped = {} if backend else _not_installed(loaded)
     evidence: dict[str, Any] = {"backends": []}
     failures: dict[str, Exception] = {}
     for name in [backend] if backend else [name for name in loaded.config["backends"] if name not in skipped]:
         try:
-            measured = bench_backend(loaded, name, test.image(source, size), pose, runs, seconds)
+            measured = bench_backend(loaded, name, source, pose, runs, seconds)
             evidence["backends"].append(measured)
         except FAILURES as error:
             failures[name] = error

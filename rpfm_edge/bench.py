@@ -19,7 +19,7 @@ from rpfm_edge.bundle import add_evidence, size_bytes
 from rpfm_edge.errors import BackendError
 from rpfm_edge.image import load_image
 from rpfm_edge.pipeline import Pipeline, default_backend, engine_versions
-from rpfm_edge.splits import open_splits
+from rpfm_edge.splits import sample_inputs
 from rpfm_edge.sustained import sustain, write
 from rpfm_edge.validate import plural
 
@@ -55,7 +55,7 @@ def stages(bundle: str | Path, backend: str | None = None, rounds: int = 30) -> 
     error is raised.
     """
     loaded = artifact.load(assets.resolve(bundle), "bundle")
-    person, pose = _inputs(loaded)
+    person, pose = sample_inputs(tuple(loaded.config["size"]))
     results: list[dict[str, Any]] = []
     failures: dict[str, str] = {}
     for name in [backend] if backend else loaded.config["backends"]:
@@ -77,19 +77,13 @@ def sustained(bundle: str | Path, minutes: float, out: str | Path, backend: str 
     """Frames without a pause for ``minutes``; ``sustained.json`` and its plot in ``out`` grow with every window."""
     loaded = artifact.load(assets.resolve(bundle), "bundle")
     name = backend or default_backend(loaded)
-    person, pose = _inputs(loaded)
+    person, pose = sample_inputs(tuple(loaded.config["size"]))
     facts = {key: loaded.config[key] for key in ("precision", "steps")} | {"backend": name, "minutes": minutes}
     with ExitStack() as stack:
         pipe = stack.enter_context(Pipeline.open(loaded.path, name))
         render = partial(pipe.render, pipe.prepare(person), pose)
         facts["machine"] = measure.where(engine_versions(loaded, name))
         return facts | sustain(render, minutes, keep=lambda result: write({**facts, **result}, Path(out)))
-
-
-def _inputs(bundle: Artifact) -> tuple[np.ndarray, np.ndarray]:
-    test, size = open_splits("sample").test, tuple(bundle.config["size"])
-    source, target = (int(index) for index in test.pairs[0])
-    return test.image(source, size), test.pose(target, size)
 
 
 def rows(evidence: Mapping[str, Any]) -> Iterator[list[str]]:

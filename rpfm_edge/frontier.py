@@ -27,7 +27,7 @@ from rpfm_edge.frontier_table import markdown, pareto, points, psnr
 from rpfm_edge.measure import Call, Latency, steady
 from rpfm_edge.metrics import missing_metrics
 from rpfm_edge.pipeline import Pipeline
-from rpfm_edge.precisions import CALIBRATED, LEAST_SAMPLES, require_backends
+from rpfm_edge.precisions import CALIBRATED, require_backends, require_samples
 from rpfm_edge.recipe import PRECISIONS
 from rpfm_edge.splits import open_splits
 from rpfm_edge.stages import Stages, console
@@ -106,12 +106,7 @@ def measure_frontier(
     candidates = _candidates(steps, precisions, backends, options or {})
     if runs < 1:
         raise ConfigError(f"{runs} runs", expected="at least 1", fix="ask for more")
-    if samples < LEAST_SAMPLES and (calibrated := [one for one in precisions if one in CALIBRATED]):
-        raise ConfigError(
-            f"{samples} calibration samples for {calibrated[0]}",
-            expected=f"at least {LEAST_SAMPLES}",
-            fix="ask for more, such as 64",
-        )
+    require_samples(f"{samples} calibration samples", samples, precisions)
     config = artifact.load(assets.resolve(student), "student").config
     size, network, test = tuple(config["size"]), config["network"], open_splits(data).test
     drawn = draw_pairs(test, pairs, size, (network["latent_channels"], *network["latent_size"]), seed)

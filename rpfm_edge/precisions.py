@@ -19,6 +19,15 @@ GPUS = {
 }
 
 
+def require_samples(what: str, samples: int, precisions: Iterable[str]) -> None:
+    """Raise ``ConfigError``, of ``what``, if ``samples`` are too few for one of ``precisions`` that is calibrated."""
+    calibrated = next((one for one in precisions if one in (*CALIBRATED, "auto")), None)
+    if calibrated and samples < LEAST_SAMPLES:
+        raise ConfigError(
+            f"{what} for {calibrated}", expected=f"at least {LEAST_SAMPLES}", fix="ask for more, such as 64"
+        )
+
+
 def computes(backend: str, precision: str) -> bool:
     """Whether there is an engine of a student in ``precision`` for ``backend``."""
     return backend in BACKENDS.get(precision, (backend,)) and (precision == "fp32" or backend not in STUDENT_ONLY)

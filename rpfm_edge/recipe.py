@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from rpfm_edge import artifact, assets
 from rpfm_edge.errors import ArtifactError, ConfigError
 from rpfm_edge.metrics import Budget, require_distances
-from rpfm_edge.precisions import CALIBRATED, LEAST_SAMPLES, STUDENT_ONLY, Precision, computes, require_backends
+from rpfm_edge.precisions import STUDENT_ONLY, Precision, computes, require_backends, require_samples
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -284,13 +284,7 @@ def _check_samples(recipe: Recipe, where: str) -> None:
     asked = [("[quantize]", table.samples, (table.precision, *table.also))]
     asked += [("[frontier]", frontier.samples, frontier.precisions)] if frontier else []
     for title, samples, precisions in asked:
-        calibrated = [one for one in precisions if one in (*CALIBRATED, "auto")]
-        if calibrated and samples < LEAST_SAMPLES:
-            raise ConfigError(
-                f"{where} {title}: samples = {samples} for {calibrated[0]}",
-                expected=f"at least {LEAST_SAMPLES}",
-                fix="ask for more, such as 64",
-            )
+        require_samples(f"{where} {title}: samples = {samples}", samples, precisions)
 
 
 def _check_render(table: RenderTable, where: str) -> None:

@@ -19,7 +19,7 @@ from rpfm_edge.gate import Judgement
 from rpfm_edge.measure import Call, Latency
 from rpfm_edge.pipeline import Pipeline, engine_versions, require_engine
 from rpfm_edge.rounds import Chunk
-from rpfm_edge.splits import open_splits
+from rpfm_edge.splits import sample_inputs
 
 FAILURES = (RpfmError, RuntimeError, MemoryError)  # of one backend, which does not end the others
 OLD, NEW = "old", "new"
@@ -223,9 +223,8 @@ def _each(
 def frame(stack: ExitStack, bundle: Artifact, backend: str) -> Call:
     """One frame of the first held-out pair of the sample, drawing of the pose and copies included."""
     pipe = stack.enter_context(Pipeline.open(bundle.path, backend))
-    test = open_splits("sample").test
-    source, target = (int(index) for index in test.pairs[0])
-    return partial(pipe.render, pipe.prepare(test.image(source, pipe.size)), test.pose(target, pipe.size))
+    source, pose = sample_inputs(pipe.size)
+    return partial(pipe.render, pipe.prepare(source), pose)
 
 
 def _facts(found: Sequence[Chunk], names: Iterable[str]) -> Record:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from rpfm_edge.data import Split, has_split, hold_out, open_split, sample_root
 
 VALIDATION_IDENTITIES, SEED = 40, 0
@@ -34,3 +36,10 @@ def open_splits(data: str | Path) -> Splits:
     identities = len(set(train.identities.tolist()))
     training, validation = hold_out(train, min(VALIDATION_IDENTITIES, max(1, identities // 10)), SEED)
     return Splits(training, validation, test)
+
+
+def sample_inputs(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """What a bundle is timed with: source (H, W, 3) uint8 and pose (18, 2) of the packaged sample's first test pair."""
+    test = open_splits("sample").test
+    source, target = (int(index) for index in test.pairs[0])
+    return test.image(source, size), test.pose(target, size)

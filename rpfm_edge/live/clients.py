@@ -173,6 +173,13 @@ class Sender:
             if client.frame is not None and not client.by_video:
                 await self._send_frame(client, await client.next_frame())
 
+    def outdated(self, client: Client, frame: Frame, matte: str) -> bool:
+        """Whether a frame shows someone who left while it was encoded, or has another matte than is wanted now."""
+        if frame.person >= self.person and matte == client.matte:
+            return False
+        client.missed += 1
+        return True
+
     async def _send_texts(self, client: Client) -> None:
         while client.texts:
             await self._in_time(client.socket.send_text(json.dumps(client.texts.popleft(), allow_nan=False)))
@@ -180,8 +187,7 @@ class Sender:
     async def _send_frame(self, client: Client, frame: Frame) -> None:
         loop, matte = asyncio.get_running_loop(), client.matte
         jpeg = await loop.run_in_executor(self.encoder, encode, frame, matte, self.limits.quality)
-        if frame.person < self.person or matte != client.matte:  # of someone who left while it was encoded
-            client.missed += 1
+        if self.outdated(client, frame, matte):
             return
         now = now_ms()
         times = {**frame.times_ms, "encoded": now, "sent": now}
@@ -218,11 +224,9 @@ def heard(client: Client, text: str | bytes, latency: Latency, service: Any, ord
 def _act(client: Client, message: dict[str, Any], now: float, latency: Latency, service: Any, ordered: bool) -> None:
     kind = message["type"]
     if kind == "pose":
-        pose = messages.read_pose(message, service.size, now, client.number)
-        if not ordered and pose.id <= client.last_id:
-            client.refused += 1
-            return
-        service.pose(client, in_order(client, pose))
+        pose = in_order(client, messages.read_pose(message, service.size, now, client.number), ordered)
+        if pose is not None:
+            service.pose(client, pose)
     elif kind == "shown":
         _shown(client, message, latency)
     elif kind == "ping":
@@ -236,9 +240,12 @@ def _act(client: Client, message: dict[str, Any], now: float, latency: Latency, 
         raise InputError(f"a message has the type {kind!r:.30}", expected=known, fix="correct it")
 
 
-def in_order(client: Client, pose: messages.Pose) -> messages.Pose:
-    """``pose``, if it comes after the client's latest; raises ``InputError`` otherwise."""
+def in_order(client: Client, pose: messages.Pose, ordered: bool) -> messages.Pose | None:
+    """``pose``, if it comes after the client's latest; else ``InputError`` where messages are ``ordered``, or None."""
     if pose.id <= client.last_id:
+        if not ordered:
+            client.refused += 1
+            return None
         raise InputError(
             f"pose {pose.id} is out of order", expected=f"an id above {client.last_id}", fix="count poses upwards"
         )

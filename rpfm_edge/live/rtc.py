@@ -89,8 +89,9 @@ class FrameTrack(aiortc.MediaStreamTrack):
         if self._leaving is None:
             return
         (frame, matte), self._leaving, client, now = self._leaving, None, self._client, now_ms()
-        outdated = frame.person < self._service.sender.person or matte != client.matte
-        if outdated or channel.bufferedAmount > CONGESTED:
+        if self._service.sender.outdated(client, frame, matte):
+            return
+        if channel.bufferedAmount > CONGESTED:
             client.missed += 1
             return
         times = {**frame.times_ms, "encoded": now, "sent": now}

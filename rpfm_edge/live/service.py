@@ -172,7 +172,8 @@ class Service:
             except InputError as error:
                 client.refuse(str(error))
             else:
-                await self._hang_up(client)
+                if before := self._connections.pop(client.number, None):
+                    await before.close()  # its track lets JPEGs take over
                 if connection is not None:
                     self._connections[client.number] = connection
                     asyncio.get_running_loop().call_later(CONNECT_S, self._give_up, connection)
@@ -182,12 +183,6 @@ class Service:
         """Close a connection that does not come to stand, which aiortc would try for ever."""
         if connection.connectionState in ("new", "connecting"):
             self._spawn(connection.close())
-
-    async def _hang_up(self, client: Client) -> None:
-        if before := self._connections.pop(client.number, None):
-            await before.close()
-        client.by_video = False
-        client.wake.set()
 
     @staticmethod
     def _checked(client: Client, offer: object) -> str:

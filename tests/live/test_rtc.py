@@ -96,6 +96,12 @@ class Viewer:
         await self.connection.setRemoteDescription(aiortc.RTCSessionDescription(answer["sdp"], "answer"))
         return str(answer["sdp"])
 
+    async def begin(self, poses: np.ndarray, rate: float = 25) -> None:
+        """Speak until the end, and go on once the first picture and its header are here."""
+        self.tasks.append(asyncio.create_task(self.speak(poses, rate)))
+        await self.open_video()
+        await until(self.seen)
+
     def seen(self) -> list[int]:
         return sorted(self.headers.keys() & self.pictures.keys())
 
@@ -212,9 +218,7 @@ def test_no_header_shows_someone_who_was_exchanged(start: Start, sources: list[n
     running, port = start(webrtc=True)
 
     async def body(viewer: Viewer) -> None:
-        viewer.tasks.append(asyncio.create_task(viewer.speak(poses, 100)))
-        await viewer.open_video()
-        await until(viewer.seen)
+        await viewer.begin(poses, rate=100)
         for number, source in enumerate(sources[1:], 2):
             swapped = asyncio.run_coroutine_threadsafe(running.swap(source), running._loop)
             assert await asyncio.wrap_future(swapped) == number
@@ -230,9 +234,7 @@ def test_when_the_client_hangs_up_jpegs_come_again_and_nothing_stays(start: Star
     running, port = start(webrtc=True)
 
     async def body(viewer: Viewer) -> None:
-        viewer.tasks.append(asyncio.create_task(viewer.speak(poses)))
-        await viewer.open_video()
-        await until(viewer.seen)
+        await viewer.begin(poses)
         jpegs = len(viewer.jpegs)
         await viewer.connection.close()
         await until(lambda: len(viewer.jpegs) > jpegs + 3)
@@ -252,9 +254,7 @@ def test_when_the_encoder_fails_jpegs_come_again(
         raise RuntimeError("no encoder")
 
     async def body(viewer: Viewer) -> None:
-        viewer.tasks.append(asyncio.create_task(viewer.speak(poses)))
-        await viewer.open_video()
-        await until(viewer.seen)
+        await viewer.begin(poses)
         jpegs = len(viewer.jpegs)
         monkeypatch.setattr(rtc, "_made", broken)
         await until(lambda: len(viewer.jpegs) > jpegs + 3)
@@ -271,9 +271,7 @@ def test_a_client_that_vanishes_without_a_word_gets_jpegs(
     _, port = start(webrtc=True)
 
     async def body(viewer: Viewer) -> None:
-        viewer.tasks.append(asyncio.create_task(viewer.speak(poses)))
-        await viewer.open_video()
-        await until(viewer.seen)
+        await viewer.begin(poses)
         jpegs = len(viewer.jpegs)
         for transport in sockets(viewer.connection):
             transport.abort()
@@ -355,9 +353,7 @@ def test_a_bad_offer_leaves_a_good_connection(start: Start, poses: np.ndarray) -
     _, port = start(webrtc=True)
 
     async def body(viewer: Viewer) -> None:
-        viewer.tasks.append(asyncio.create_task(viewer.speak(poses)))
-        await viewer.open_video()
-        await until(viewer.seen)
+        await viewer.begin(poses)
         await viewer.say(type="video", sdp="nonsense")
         await until(lambda: viewer.errors)
         seen = len(viewer.seen())
