@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -16,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rpfm_edge import jetson
+from rpfm_edge import jetson, measure
 
 DISTRIBUTION = "rpfm-edge"
 SIBLINGS = ("distill", "quantize", "runtimes")  # generic names, which another distribution may have too
@@ -42,13 +40,19 @@ def diagnose(precision: str | None = None) -> dict[str, Any]:
     (sibling package → where it was found instead, by whom), ``extras`` (extra → what is missing and the fix),
     ``jetson`` (the facts of ``jetson.read``, null elsewhere), ``advice`` (``problem`` and ``fix``, of a Jetson).
     """
-    backends, board = _backends(), jetson.read()
+    backends, here = _backends(), measure.where()
+    board, cpu_info = here.get("jetson"), jetson.read_text(Path("/proc/cpuinfo"))
     return {
         "rpfm_edge": _version(DISTRIBUTION),
-        "python": f"{platform.python_version()} ({sys.executable})",
-        "platform": platform.platform(),
-        "cpu": _cpu(),
-        "memory_bytes": _memory_bytes(),
+        "python": f"{here['python']} ({sys.executable})",
+        "platform": here["platform"],
+        "cpu": {
+            "model": here.get("board", here["cpu"]),  # ARM boards name themselves elsewhere
+            "cores": here["cores"],
+            "cores_usable": here["usable_cores"],
+            "flags": cpu_flags(cpu_info),
+        },
+        "memory_bytes": here.get("memory_bytes"),
         "backends": backends,
         "openvino_devices": import_module("runtimes.ov").devices() if backends.get("openvino", "") is None else {},
         "versions": {name: found for name in LIBRARIES if (found := _version(name))},
@@ -155,26 +159,6 @@ def _backends() -> dict[str, str | None]:
     except (ImportError, AttributeError):
         return {}
     return found
-
-
-def _cpu() -> dict[str, Any]:
-    cpuinfo = jetson.read_text(Path("/proc/cpuinfo"))
-    model = re.search(r"^model name\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
-    board = jetson.read_text(Path("/proc/device-tree/model"))  # ARM boards name themselves here
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
-    return {
-        "model": model.group(1) if model else board or platform.processor(),
-        "cores": os.cpu_count(),
-        "cores_usable": len(affinity(0)) if affinity else os.cpu_count(),
-        "flags": cpu_flags(cpuinfo),
-    }
-
-
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not on Windows
-        return None
 
 
 def _version(distribution: str) -> str | None:

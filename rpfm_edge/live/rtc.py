@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
+from collections.abc import Coroutine, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -24,6 +26,7 @@ from rpfm_edge.live.session import Frame, now_ms
 STRIP_ROWS, STRIP_BITS = 16, 16
 # What is preferred, and which encoder of PyAV it needs; lost packets of both may be sent again (rtx).
 CODECS = {"video/H264": "libx264", "video/VP8": "libvpx"}
+CONNECT_S = 20.0
 CANDIDATES = 32  # of an offer: each address of it is sent something
 CONGESTED = 16_384  # bytes of headers that wait: then there are none for new pictures
 _MILLISECONDS = Fraction(1, 1000)
@@ -103,6 +106,60 @@ class FrameTrack(aiortc.MediaStreamTrack):
 
 def _made(frame: Frame, matte: str) -> Any:
     return av.VideoFrame.from_ndarray(numbered(picture(frame, matte), frame.number), format="rgb24")
+
+
+class Connections:
+    """The connections of a service's clients, one each; belongs to the event loop of ``service``."""
+
+    def __init__(self, service: Any) -> None:
+        self._service = service
+        self.open: dict[int, Any] = {}  # by the number of the client
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    def ask(self, client: Client, message: Mapping[str, Any]) -> None:
+        """Answer the offer of a message of type ``video``; one without ends the client's connection."""
+        self._spawn(self._answer(client, message))
+
+    async def close(self) -> None:
+        """End them all."""
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        await asyncio.gather(*(one.close() for one in self.open.values()), return_exceptions=True)
+
+    async def _answer(self, client: Client, message: Mapping[str, Any]) -> None:
+        """Replace a client's connection by the one that it offers, or by none; an offer that fails changes nothing."""
+        offer, number, sdp = message.get("sdp"), message.get("id"), None
+        async with client.connecting:
+            try:
+                connection = None
+                if offer is not None and client.number in self._service.clients:
+                    connection, sdp = await answer(client, _checked(client, offer), self._service)
+            except InputError as error:
+                client.refuse(str(error))
+            else:
+                if before := self.open.pop(client.number, None):
+                    await before.close()  # its track lets JPEGs take over
+                if connection is not None:
+                    self.open[client.number] = connection
+                    asyncio.get_running_loop().call_later(CONNECT_S, self._give_up, connection)
+            client.tell({"type": "video", "id": number if isinstance(number, int) else None, "sdp": sdp})
+
+    def _give_up(self, connection: Any) -> None:
+        """Close a connection that does not come to stand, which aiortc would try for ever."""
+        if connection.connectionState in ("new", "connecting"):
+            self._spawn(connection.close())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+
+def _checked(client: Client, offer: object) -> str:
+    if not isinstance(offer, str):
+        raise InputError(f"the sdp is {offer!r:.30}", expected="an offer, or null", fix="send SDP as a string")
+    if not client.offers.take(time.perf_counter()):
+        raise InputError("too many offers of video", expected="two at once, one a second", fix="wait a second")
+    return offer
 
 
 async def answer(client: Client, offer: str, service: Any) -> tuple[Any, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
@@ -23,7 +23,6 @@ from rpfm_edge.pipeline import Pipeline
 
 CLIENT, NOBODY = "client", "none"
 JPEG, WEBRTC = "jpeg", "webrtc"
-CONNECT_S = 20.0
 RECENT = 2048  # frames that the split in a state is taken over
 _OF_CLIENTS = ("sent", "missed", "refused")
 
@@ -52,9 +51,7 @@ class Service:
         tap: Callable[[Frame], None] | None = None,
         webrtc: bool = False,
     ) -> None:
-        self._rtc: Any = import_extra("rpfm_edge.live.rtc", WEBRTC) if webrtc else None
-        self._connections: dict[int, Any] = {}  # of WebRTC, by the number of the client
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._connections = import_extra("rpfm_edge.live.rtc", WEBRTC).Connections(self) if webrtc else None
         self.limits, self.latency, self._tap = limits, Latency(), tap
         self.clients: dict[int, Client] = {}
         self.renderer = Renderer(pipelines, source, self._deliver, self._failed, options)
@@ -80,8 +77,8 @@ class Service:
                 for client in self.clients.values():
                     client.tell(state)
         finally:
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-            await asyncio.gather(*(one.close() for one in self._connections.values()), return_exceptions=True)
+            if self._connections:
+                await self._connections.close()
 
     def close(self) -> None:
         """End the threads. From any thread, after ``run``."""
@@ -126,8 +123,8 @@ class Service:
     def leave(self, client: Client) -> None:
         """Forget a connection, but not its counts."""
         if self.clients.pop(client.number, None):
-            if self._rtc:
-                self.video(client, {})
+            if self._connections:
+                self._connections.ask(client, {})
             for name in _OF_CLIENTS:
                 self._left[name] += getattr(client, name)
 
@@ -152,45 +149,9 @@ class Service:
 
     def video(self, client: Client, message: Mapping[str, Any]) -> None:
         """Answer a client's offer to receive frames as video, or end that; raises ``ConfigError``."""
-        if self._rtc is None:
+        if self._connections is None:
             raise ConfigError("no video is sent here", expected="JPEGs", fix="start the service with --webrtc")
-        self._spawn(self._connect(client, message))
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _connect(self, client: Client, message: Mapping[str, Any]) -> None:
-        """Replace a client's connection by the one that it offers, or by none; an offer that fails changes nothing."""
-        offer, number, sdp = message.get("sdp"), message.get("id"), None
-        async with client.connecting:
-            try:
-                connection = None
-                if offer is not None and client.number in self.clients:
-                    connection, sdp = await self._rtc.answer(client, self._checked(client, offer), self)
-            except InputError as error:
-                client.refuse(str(error))
-            else:
-                if before := self._connections.pop(client.number, None):
-                    await before.close()  # its track lets JPEGs take over
-                if connection is not None:
-                    self._connections[client.number] = connection
-                    asyncio.get_running_loop().call_later(CONNECT_S, self._give_up, connection)
-            client.tell({"type": "video", "id": number if isinstance(number, int) else None, "sdp": sdp})
-
-    def _give_up(self, connection: Any) -> None:
-        """Close a connection that does not come to stand, which aiortc would try for ever."""
-        if connection.connectionState in ("new", "connecting"):
-            self._spawn(connection.close())
-
-    @staticmethod
-    def _checked(client: Client, offer: object) -> str:
-        if not isinstance(offer, str):
-            raise InputError(f"the sdp is {offer!r:.30}", expected="an offer, or null", fix="send SDP as a string")
-        if not client.offers.take(time.perf_counter()):
-            raise InputError("too many offers of video", expected="two at once, one a second", fix="wait a second")
-        return offer
+        self._connections.ask(client, message)
 
     def choose_source(self, name: object) -> None:
         """Let one source give the poses, and no other; raises ``ConfigError``."""
@@ -240,7 +201,7 @@ class Service:
             "sources": [CLIENT, *self.feeds],
             "source_of_poses": self.source_of_poses,
             "source_errors": feeds,
-            "pictures": [JPEG, WEBRTC] if self._rtc else [JPEG],
+            "pictures": [JPEG, WEBRTC] if self._connections else [JPEG],
             "clients": len(self.clients),
         }
 

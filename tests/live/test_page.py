@@ -251,7 +251,7 @@ def test_video_that_breaks_gives_way_to_jpegs(page: Page, page_pipeline: Pipelin
         page.run("document.querySelector('[name=transport][value=webrtc]').click()")
         page.until("received.headers > 10")
         page.run("window.received.binary = 0")
-        [connection] = address.service._connections.values()
+        [connection] = address.service._connections.open.values()
         asyncio.run_coroutine_threadsafe(connection.close(), address.service._loop).result(10)
         page.until("received.binary > 5")
         page.until("document.querySelector('[name=transport]:checked').value === 'jpeg'")

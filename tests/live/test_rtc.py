@@ -17,7 +17,7 @@ from websockets.asyncio.client import ClientConnection, connect
 
 from rpfm_edge import Pipeline
 from rpfm_edge.errors import BackendError
-from rpfm_edge.live import messages, service
+from rpfm_edge.live import messages
 from rpfm_edge.metrics import psnr_db
 from tests.live.driver import driver
 
@@ -241,7 +241,8 @@ def test_when_the_client_hangs_up_jpegs_come_again_and_nothing_stays(start: Star
 
     for _ in range(3):
         with_viewer(port, body)
-    end = asyncio.run_coroutine_threadsafe(until(lambda: not (running._connections or running._tasks)), running._loop)
+    held = running._connections
+    end = asyncio.run_coroutine_threadsafe(until(lambda: not (held.open or held.tasks)), running._loop)
     end.result(PATIENCE_S)
 
 
@@ -281,12 +282,12 @@ def test_a_client_that_vanishes_without_a_word_gets_jpegs(
 
 
 def test_a_connection_that_never_stands_is_given_up(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "CONNECT_S", 0.5)
+    monkeypatch.setattr(rtc, "CONNECT_S", 0.5)
     running, port = start(webrtc=True)
     with driver(port) as client:
         client.say(type="video", sdp=offer("vd"))  # whose maker is gone
         assert client.text("video")["sdp"]
-        [connection] = running._connections.values()
+        [connection] = running._connections.open.values()
         end = asyncio.run_coroutine_threadsafe(until(lambda: connection.connectionState == "closed"), running._loop)
         end.result(PATIENCE_S)
 
@@ -339,7 +340,7 @@ def test_an_offer_that_cannot_be_answered_changes_nothing(
         assert client.text("video") == {"v": 1, "type": "video", "id": 3, "sdp": None}
         client.pose(poses[0])
         assert client.frame()[0]["id"] == 0
-        assert not running._connections
+        assert not running._connections.open
 
 
 def test_what_a_client_sends_is_not_decoded(start: Start) -> None:
