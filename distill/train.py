@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -325,8 +325,10 @@ def _save(
     tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
+    tensors["losses"] = torch.tensor(history.losses)  # the header, which holds the rest, must stay below 100 MB
     contiguous = {k: v.detach().contiguous() for k, v in tensors.items()}
-    write_bytes(path, save(contiguous, {"history": json.dumps(asdict(history)), "settings": json.dumps(settings)}))
+    rest = json.dumps(asdict(replace(history, losses=[])))
+    write_bytes(path, save(contiguous, {"history": rest, "settings": json.dumps(settings)}))
 
 
 def _restore(path: Path, module: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> History:
@@ -335,6 +337,8 @@ def _restore(path: Path, module: nn.Module, ema: nn.Module, optimizer: torch.opt
             history = History(**json.loads(file.metadata()["history"]))
             history.validation = [(seconds, step, value) for seconds, step, value in history.validation]
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        if "losses" in tensors:  # older versions kept them in the header
+            history.losses = tensors["losses"].tolist()
         module.load_state_dict(_under(tensors, "model."))
         ema.load_state_dict(_under(tensors, "ema."))
     state: dict[int, dict[str, Tensor]] = {}
