@@ -87,7 +87,7 @@ def peak_flops(backend: str, precision: str, options: Mapping[str, Any], runs: i
     signature = Signature(*((TensorSpec(name, (WIDTH, WIDTH), "float32"),) for name in "xy"))
     runtime = runtimes.load(backend)
     with TemporaryDirectory() as folder:
-        with artifact.replacing_folder(Path(folder) / "graph") as made:
+        with artifact.replacing_folder(Path(folder) / "graph", "graph") as made:
             onnx.save(model, made / "frame.onnx")
             artifact.seal(made, "graph", {"precision": precision}, {"frame": signature}, ())
         engine = Path(folder) / "engine"

@@ -74,7 +74,7 @@ def quantize(
     inputs = {"graph": graph.digest} | ({"samples": recorded.sha256} if recorded else {})
     settings: dict[str, Any] = {"precision": precision} | (asdict(options) if precision == "int8" else {})
     settings |= facts or {}
-    with artifact.replacing_folder(out) as folder:
+    with artifact.replacing_folder(out, "graph") as folder:
         if precision == "fp32":
             _copy(graph, folder, tuple(graph.files))
             config = dict(graph.config)

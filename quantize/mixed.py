@@ -49,7 +49,7 @@ def write(graph: Artifact, assignment: Assignment, ranges: Ranges, out: Path, se
     ``config`` then holds ``plan``: graph → unit → precision. ``settings`` go into the lineage.
     """
     plan, counts = {}, {}
-    with artifact.replacing_folder(out) as folder:
+    with artifact.replacing_folder(out, "graph") as folder:
         for name in GRAPHS:
             model = load(graph.file(f"{name}.onnx"))
             found = units(model)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import typer
 
-from rpfm_edge.artifact import replacing_folder, write_text
+from rpfm_edge.artifact import scratch_folder, write_text
 from rpfm_edge.data import open_split
 
 IDENTITIES = 12
@@ -24,7 +24,7 @@ def make_sample(people: Path, out: Path) -> None:
     identities = sorted({name.partition("_")[0] for name in names})
     chosen = {identities[i] for i in np.linspace(0, len(identities) - 1, IDENTITIES).round().astype(int)}
     assert CLIP in chosen
-    with replacing_folder(out) as scratch:
+    with scratch_folder(out) as scratch:
         (scratch / "test_highres").mkdir()
         for name in names:
             if name.partition("_")[0] in chosen:
@@ -35,6 +35,7 @@ def make_sample(people: Path, out: Path) -> None:
             kept = [header, *(line for line in lines if line.partition("_")[0] in chosen)]
             write_text(scratch / file, "\n".join(kept) + "\n")
         shutil.copytree(people / "clips" / CLIP, scratch / "clips" / CLIP)
+        scratch.rename(out)  # refused if it is there, and not empty
 
 
 if __name__ == "__main__":

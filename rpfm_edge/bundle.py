@@ -10,11 +10,9 @@ from typing import Any
 
 import runtimes
 from rpfm_edge import artifact, assets, canary
-from rpfm_edge.artifact import Artifact, Stage, file_digest, tool_versions
-from rpfm_edge.errors import ArtifactError, ConfigError
+from rpfm_edge.artifact import EVIDENCE, Artifact, Stage, tool_versions
+from rpfm_edge.errors import ArtifactError, ConfigError, warn
 from rpfm_edge.precisions import require_backends
-
-EVIDENCE = "evidence"
 
 
 def build(
@@ -24,9 +22,12 @@ def build(
 
     ``graph`` may also be a bundle: its engines are kept and the new ones are added. ``options`` are per backend. With
     ONNX Runtime here, the bundle gets a canary, by which an engine that is built elsewhere later can be judged.
+    A bundle that is written in place keeps its evidence, unless an engine is built again, of which it would be untrue.
 
     Raises:
-        ConfigError: no target, options of another backend, or a target that does not compute in the graph's precision.
+        ConfigError: ``out`` is something else than a bundle, no target, options of another backend, unknown ones or
+            values out of range, or a target that does not compute in the graph's precision.
+        BackendError: a target that is unknown, not installed or refuses the graph.
     """
     if not targets:
         raise ConfigError("no target", expected=f"one of {sorted(runtimes.BACKENDS)}", fix="give --target")
@@ -36,53 +37,65 @@ def build(
         )
     source = artifact.load(assets.resolve(graph), "graph", "bundle")
     require_backends(str(source.config.get("precision", "fp32")), targets)
+    given = {target: dict((options or {}).get(target, {})) for target in targets}
+    loaded = {target: runtimes.load(target) for target in targets}
+    for target, runtime in loaded.items():  # of all, before the first is compiled
+        runtime.checked_options(given[target])
     backends = dict(source.config.get("backends", {}))
     tools: dict[str, str] = {}
-    with artifact.replacing_folder(out) as folder:
+    with artifact.replacing_folder(out, "bundle") as folder:
         for name in source.files:
-            if not name.startswith((f"{EVIDENCE}/", "student/")):  # the torch backend keeps its own copy
+            if not name.startswith("student/"):  # the torch backend keeps its own copy
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(source.path / name, folder / name)
         if canary.FILE not in source.files and (tensors := canary.record(source)):
             artifact.write_bytes(folder / canary.FILE, canary.content(tensors))
-        for target in targets:
-            runtime, chosen = runtimes.load(target), dict((options or {}).get(target, {}))
+        for target, runtime in loaded.items():
             shutil.rmtree(folder / "engines" / target, ignore_errors=True)
             for name in source.signatures:
                 engine = folder / "engines" / target / name
                 engine.mkdir(parents=True)
-                runtime.build(source, name, engine, chosen)
-            backends[target] = chosen
-            tools |= runtime.versions(chosen)
+                runtime.build(source, name, engine, given[target])
+            backends[target] = given[target]
+            tools |= runtime.versions(given[target])
+        if source.path.resolve() == out.resolve():
+            _keep_evidence(source, folder, targets)
         stage = Stage("build", {"backends": backends}, tool_versions() | tools, {source.kind: source.digest})
         config = {**source.config, "backends": backends}
         artifact.seal(folder, "bundle", config, source.signatures, (*source.lineage, stage))
     return artifact.load(out, "bundle")
 
 
-def add_evidence(bundle: Artifact, name: str, evidence: Mapping[str, Any]) -> Artifact:
-    """Store ``evidence`` as ``evidence/NAME.json`` of a bundle; evidence is no part of the bundle's digest."""
-    file, manifest = f"{EVIDENCE}/{name}.json", bundle.path / artifact.MANIFEST
-    record = json.loads(manifest.read_text(encoding="utf-8"))
-    if record["files"].pop(file, None):  # the old one first: whenever this is killed, the bundle still verifies
-        artifact.write_text(manifest, json.dumps(record, indent=1))
-    artifact.write_text(bundle.path / file, json.dumps(evidence, indent=1))
-    record["files"][file] = file_digest(bundle.path / file)
-    artifact.write_text(manifest, json.dumps(record, indent=1))
-    return artifact.load(bundle.path, "bundle")
+def _keep_evidence(bundle: Artifact, folder: Path, targets: Sequence[str]) -> None:
+    """Copy the evidence of ``bundle`` to ``folder``, or say what is lost because an engine is built again."""
+    files = sorted((bundle.path / EVIDENCE).glob("[!.]*.json"))
+    again = sorted(set(targets) & set(bundle.config.get("backends", {})))
+    if files and again:
+        names = ", ".join(file.stem for file in files)
+        warn(f"{', '.join(again)} built again: the evidence of {bundle.path} ({names}) is dropped; measure it again")
+        return
+    for file in files:
+        artifact.write_bytes(folder / EVIDENCE / file.name, file.read_bytes())
+
+
+def add_evidence(bundle: Artifact, name: str, evidence: Mapping[str, Any]) -> None:
+    """Store ``evidence`` as ``evidence/NAME.json`` of a bundle, beside what its manifest lists.
+
+    A bundle that cannot be written to, or a full disk, is said on standard error.
+    """
+    artifact.keep_text(bundle.path / EVIDENCE / f"{name}.json", json.dumps(evidence, indent=1))
 
 
 def read_evidence(bundle: Artifact) -> dict[str, Any]:
     """Name → evidence of everything measured on this bundle."""
     found = {}
-    for name in bundle.files:
-        if name.startswith(f"{EVIDENCE}/"):
-            try:
-                found[Path(name).stem] = json.loads(bundle.file(name).read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ArtifactError(
-                    f"{bundle.path / name} is no JSON ({error})", expected="evidence", fix="validate the bundle again"
-                ) from None
+    for file in sorted((bundle.path / EVIDENCE).glob("[!.]*.json")):
+        try:
+            found[file.stem] = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ArtifactError(
+                f"{file} is no JSON ({error})", expected="evidence", fix="measure it again, or delete it"
+            ) from None
     return found
 
 

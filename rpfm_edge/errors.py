@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 
 class RpfmError(Exception):
     """Base of every error caused by input, files, configuration or the machine (CLI exit code 2).
@@ -39,3 +41,8 @@ class BackendError(RpfmError):
 
 class ParityError(RpfmError):
     """Two implementations of the same graph that disagree by more than the tolerance."""
+
+
+def warn(text: str) -> None:
+    """Say on standard error what the user should know, although it ends nothing."""
+    print(f"rpfm-edge: {text}.", file=sys.stderr, flush=True)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rpfm_edge import api, artifact, assets
-from rpfm_edge.artifact import Artifact
+from rpfm_edge.artifact import EVIDENCE, Artifact
 from rpfm_edge.bench import bench_backend
-from rpfm_edge.bundle import EVIDENCE, add_evidence
+from rpfm_edge.bundle import add_evidence
 from rpfm_edge.flicker import open_clips
 from rpfm_edge.image import save_png
 from rpfm_edge.metrics import Budget
@@ -79,7 +79,7 @@ def keep_evidence(own: Artifact, found: Mapping[str, Any], precision: str, missi
     drift = {key: value for key, value in found.items() if key not in ("speed", "judged", "pictures")}
     speed = {"backends": [one for one in found["speed"] if one["precision"] == precision]}
     for name, evidence in (("drift", drift), ("speed", speed)):
-        if not (missing_only and f"{EVIDENCE}/{name}.json" in own.files):
+        if not (missing_only and (own.path / EVIDENCE / f"{name}.json").is_file()):
             add_evidence(own, name, evidence)
 
 
@@ -137,7 +137,7 @@ def write_page(
         "headline": headline(found, gain),
         "pictures": picture_rows(found),
         "drift": {
-            "stages": found["stages"] + gain_stages(gain),
+            "stages": found["stages"] + gain_stages(gain, [stage["stage"] for stage in found["stages"]]),
             "missing": found["missing"],
             "note": f"Medians over {len(found['pairs'])} held-out pairs, the same noise everywhere. "
             f"Reference: the teacher with {found['reference']['steps']} {found['reference']['solver']} steps.",
@@ -219,11 +219,13 @@ def gain_figures(gain: Mapping[str, Any] | None) -> list[tuple[str, str, float, 
     return rows
 
 
-def gain_stages(gain: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """This run's distillation as stages of the drift table: the teacher at few steps, then every student."""
+def gain_stages(gain: Mapping[str, Any] | None, shown: Sequence[str]) -> list[dict[str, Any]]:
+    """This run's distillation as stages of the drift table: the teacher at few steps, unless ``shown``, then every
+    student."""
     if not gain:
         return []
-    stages = [{"stage": f"teacher, {plural(int(n))}, before distillation", **d} for n, d in gain["teacher"].items()]
+    stages = [{"stage": f"teacher, {plural(int(n))}", **found} for n, found in gain["teacher"].items()]
+    stages = [stage for stage in stages if stage["stage"] not in shown]
     for name, by_steps in gain["students"].items():
         stages += [{"stage": f"{name}, {plural(int(n))}, distilled in this run", **d} for n, d in by_steps.items()]
     return stages

@@ -85,10 +85,11 @@ def _copy_given(spec: str, given: str, folder: Path) -> None:
     student, _, teacher = given.partition(",")
     if not (student and teacher):
         raise ConfigError(f"case {spec!r}", expected="NAME=STUDENT,TEACHER or NAME", fix="give both, or neither")
-    for kind, source in (("student", student), ("teacher", teacher)):
-        loaded = artifact.load(assets.resolve(source), "student" if kind == "student" else "teacher")
+    kinds: tuple[artifact.Kind, artifact.Kind] = ("student", "teacher")
+    for kind, source in zip(kinds, (student, teacher), strict=True):
+        loaded = artifact.load(assets.resolve(source), kind)
         if not (folder / kind).is_dir():
-            with artifact.replacing_folder(folder / kind) as scratch:
+            with artifact.replacing_folder(folder / kind, kind) as scratch:
                 shutil.copytree(loaded.path, scratch, dirs_exist_ok=True)
 
 
