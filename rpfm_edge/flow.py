@@ -7,7 +7,7 @@ Time runs from t = 0 (noise z) to t = 1 (image latent y). The conditional path o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -15,7 +15,8 @@ from rpfm_edge.errors import ConfigError
 
 Array = Any  # numpy.ndarray or torch.Tensor: only + and * by scalars are used
 Velocity = Callable[[Array, float], Array]
-Solver = Literal["euler", "midpoint", "heun"]
+Solver = Literal["euler", "heun"]
+MAP_STEPS = (1, 2, 4, 8)  # of a flow map
 
 
 def time_grid(steps: int) -> list[float]:
@@ -40,11 +41,6 @@ def euler_step(velocity: Velocity, x: Array, t: float, h: float) -> Array:
     return x + h * velocity(x, t)
 
 
-def midpoint_step(velocity: Velocity, x: Array, t: float, h: float) -> Array:
-    """Second order: the velocity of the half step."""
-    return x + h * velocity(x + 0.5 * h * velocity(x, t), t + 0.5 * h)
-
-
 def heun_step(velocity: Velocity, x: Array, t: float, h: float) -> Array:
     """Second order: the mean of the velocities at both ends."""
     v = velocity(x, t)
@@ -53,7 +49,6 @@ def heun_step(velocity: Velocity, x: Array, t: float, h: float) -> Array:
 
 STEPPERS: dict[str, Callable[[Velocity, Array, float, float], Array]] = {
     "euler": euler_step,
-    "midpoint": midpoint_step,
     "heun": heun_step,
 }
 
@@ -69,12 +64,31 @@ def solve(velocity: Velocity, x: Array, times: Sequence[float], solver: Solver =
     return states
 
 
-def sample(average_velocity: Callable[[Array, float, float], Array], noise: Array, steps: int) -> Array:
-    """Few-step sampling of a flow map: ``x += d u(x, t, d)`` on the uniform grid (one call per step)."""
-    x = noise
+def path(average_velocity: Callable[[Array, float, float], Array], noise: Array, steps: int) -> list[Array]:
+    """Few-step sampling of a flow map, ``x += d u(x, t, d)``, one call per step: the states on the uniform grid."""
+    states = [noise]
     for t in time_grid(steps)[:-1]:
-        x = x + (1 / steps) * average_velocity(x, t, 1 / steps)
-    return x
+        states.append(states[-1] + (1 / steps) * average_velocity(states[-1], t, 1 / steps))
+    return states
+
+
+def student_steps(config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The numbers of steps that a student with this config has learnt; None: any.
+
+    An endpoint student is made for one number, a flow map for the powers of two that divide the stored paths.
+    """
+    return {"endpoint": (int(config["steps"]),), "flowmap": MAP_STEPS}.get(config["method"])
+
+
+def check_steps(config: Mapping[str, Any], steps: int, where: str = "") -> None:
+    """Raise ``ConfigError`` unless a student with this config has learnt to run with ``steps``."""
+    allowed = student_steps(config)
+    if allowed is not None and steps not in allowed:
+        raise ConfigError(
+            f"{where}steps = {steps} for a student that was distilled by {config['method']} for {config['steps']}",
+            expected=" or ".join(map(str, allowed)),
+            fix="choose one of them" if len(allowed) > 1 else "leave steps out, or distill another student",
+        )
 
 
 def guidance_scale(t: float, scale: float, schedule: str = "constant") -> float:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
-from math import inf
+from importlib.util import find_spec
+from math import inf, isfinite
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import runtimes
 from rpfm_edge import artifact, assets
-from rpfm_edge.errors import ArtifactError, ConfigError
+from rpfm_edge.errors import ArtifactError, BackendError, ConfigError
+from rpfm_edge.flow import MAP_STEPS, check_steps
 from rpfm_edge.metrics import Budget, require_distances
 from rpfm_edge.precisions import STUDENT_ONLY, Precision, computes, require_backends, require_samples
 
@@ -28,17 +32,20 @@ Backend = Literal["openvino", "onnxruntime", "tensorrt", "torch-tensorrt", "torc
 T = TypeVar("T")
 SMALL_MULTIPLE = 16  # pixels per latent of the small autoencoder, 8, times the networks' patch, 2
 COUNTS = ("steps", "batch", "trajectories", "targets_per_source", "sources", "autoencoder_batch", "pairs", "runs")
+FROM_ZERO = ("seed", "pictures")
 AMOUNTS = ("seconds", "autoencoder_seconds", "store_seconds", "lr", "ema")
 
 
 @dataclass(frozen=True, slots=True)
-class TeacherTable:
-    """``artifact``: a path, a shipped name or a factory; without it a teacher is trained with the other keys."""
+class TeacherTraining:
+    """How a teacher is made from nothing: an autoencoder, then the flow network on its latents.
 
-    artifact: str | None = None
+    ``seconds`` are training time. ``compile``: by torch.compile.
+    """
+
     preset: str = "xs"
     size: tuple[int, int] = (256, 176)
-    autoencoder: str = "small"
+    autoencoder: str = "small"  # or the folder of a diffusers AutoencoderKL
     autoencoder_seconds: float = 780.0
     autoencoder_batch: int = 8
     seconds: float = 3300.0
@@ -52,6 +59,13 @@ class TeacherTable:
 
 
 @dataclass(frozen=True, slots=True)
+class TeacherTable(TeacherTraining):
+    """``artifact``: a path, a shipped name or a factory; without it a teacher is trained with the other keys."""
+
+    artifact: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class StoreTable:
     """The teacher's paths that all students of a recipe are distilled from; ``seconds`` bounds the solving."""
 
@@ -61,11 +75,13 @@ class StoreTable:
 
 
 @dataclass(frozen=True, slots=True)
-class DistillTable:
-    """One student. ``name``: the method if left out. ``init``: an earlier student's name, or a student artifact, to
-    start from instead of the teacher. ``preset``: the architecture, where the teacher is no RPFM network."""
+class Distillation:
+    """How a student is made from a teacher. ``init``: a student (path or shipped name) whose weights it starts from.
 
-    name: str | None = None
+    ``preset``: the student's architecture, where the teacher is no RPFM network. ``perceptual_weight``: of the decoded
+    edges, with ``endpoint`` only.
+    """
+
     method: Literal["reflow", "flowmap", "endpoint"] = "flowmap"
     steps: int = 4
     seconds: float = 600.0
@@ -75,6 +91,13 @@ class DistillTable:
     preset: str | None = None
     perceptual_weight: float | None = None
     compile: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DistillTable(Distillation):
+    """One student. ``name``: the method if left out. ``init`` may also be an earlier student's name."""
+
+    name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +113,12 @@ class StudentTable:
 
 @dataclass(frozen=True, slots=True)
 class QadTable:
-    """Fine-tunes the student that goes on, for the precision that it will be quantized to. ``steps``: those of
-    [student] if left out, or the student's own. ``lr``: by the precision if left out."""
+    """Fine-tunes a student for the precision that it will be quantized to: its rounded self learns to make the pictures
+    of its float self.
+
+    ``steps``: unrolled; those of [student] if left out, or the student's own. ``lr``: 1e-5 for int8 and 2e-5 for
+    int4-weights, whose grid is coarser, if left out. ``batch``: poses of one source in a batch.
+    """
 
     precision: Literal["int8", "int4-weights"] = "int8"
     steps: int | None = None
@@ -195,8 +222,9 @@ def load_recipe(path: Path | str) -> Recipe:
 
     Raises:
         ConfigError: a missing or broken file, an unknown key, a value of another type or one that cannot work, a name
-            of no student, or a target that does not compute in a precision.
-        ArtifactError: a student that is given as an artifact and is none.
+            of no student, a target that does not compute in a precision, an option that a backend does not have, or no
+            file to render.
+        ArtifactError: a teacher or a student that is given as an artifact and is none.
     """
     table = read_toml(Path(path))
     if isinstance(table.get("distill"), Mapping):
@@ -208,11 +236,11 @@ def load_recipe(path: Path | str) -> Recipe:
         )
     recipe = parse(Recipe, table, str(path))
     _check_names(recipe, str(path))
+    _check_teacher(recipe.teacher, str(path))
     _check_student(recipe, str(path))
-    if recipe.teacher.artifact is None and recipe.teacher.autoencoder == "small":
-        check_size(recipe.teacher.size, SMALL_MULTIPLE, f"{path} [teacher]: ")
     _check_distill(recipe, str(path))
     _check_targets(recipe, str(path))
+    _check_options(recipe.build, str(path))
     _check_samples(recipe, str(path))
     asked = recipe.quantize
     check_method(asked.method, asked.least_psnr_db, "int8" if "int8" in asked.also else asked.precision)
@@ -233,6 +261,21 @@ def check_size(size: tuple[int, int], multiple: int, where: str = "") -> None:
         )
 
 
+def _check_teacher(table: TeacherTable, where: str) -> None:
+    """One that is given is there; one that is to be trained has a size that can be cut up."""
+    if table.artifact is None:
+        if table.autoencoder == "small":
+            check_size(table.size, SMALL_MULTIPLE, f"{where} [teacher]: ")
+    elif not _is_factory(table.artifact):
+        artifact.load(assets.resolve(table.artifact), "teacher", verify=False)
+
+
+def _is_factory(spec: str) -> bool:
+    """Whether ``spec`` is a ``package.module:factory`` of a package that is here."""
+    found = re.fullmatch(r"([A-Za-z_]\w*)(\.\w+)*:[A-Za-z_]\w*", spec)
+    return found is not None and (found[1] in sys.modules or find_spec(found[1]) is not None)
+
+
 def _check_distill(recipe: Recipe, where: str) -> None:
     """Every student can be trained as it is asked for."""
     for name, table in recipe.students.items():
@@ -243,7 +286,7 @@ def _check_distill(recipe: Recipe, where: str) -> None:
                 expected=f"that of the teacher, {recipe.teacher.preset!r}, whose weights it starts from",
                 fix="leave it out",
             )
-        if table.method != "reflow" and table.steps not in (1, 2, 4, 8):
+        if table.method != "reflow" and table.steps not in MAP_STEPS:
             raise ConfigError(
                 f"{title}: steps = {table.steps}",
                 expected=f"1, 2, 4 or 8 with {table.method}",
@@ -255,6 +298,18 @@ def _check_distill(recipe: Recipe, where: str) -> None:
                 expected="0 or more, with endpoint",
                 fix="leave it out, or distill by endpoint",
             )
+        if table.method == "reflow" and "flowmap" in _methods_before(recipe, table):
+            raise ConfigError(
+                f"{title}: init = {table.init!r} with method reflow",
+                expected="a student without a flow map before it, whose network knows no size of a step",
+                fix="leave it out, or choose another method",
+            )
+
+
+def _methods_before(recipe: Recipe, table: DistillTable) -> list[str]:
+    """By which the weights were distilled that a student of this recipe starts from."""
+    start = recipe.students.get(table.init or "")
+    return [start.method, *_methods_before(recipe, start)] if start else []
 
 
 def _check_targets(recipe: Recipe, where: str) -> None:
@@ -278,6 +333,21 @@ def _check_targets(recipe: Recipe, where: str) -> None:
         )
 
 
+def _check_options(table: BuildTable, where: str) -> None:
+    """Options are those of targets. A backend that is not here is asked when it builds, what its options may be."""
+    for backend in (backend for backend in get_args(Backend) if table.options(backend)):
+        title = f"{where} [build.{backend.replace('-', '_')}]"
+        if backend not in table.targets:
+            raise ConfigError(
+                f"{title}: {backend} is no target", expected=f"options of {list(table.targets)}", fix="leave it out"
+            )
+        with suppress(BackendError):  # not installed, or without that device: what is built elsewhere is trained here
+            try:
+                runtimes.load(backend).checked_options(table.options(backend))
+            except ConfigError as error:
+                raise ConfigError(f"{title}: {error.problem}", expected=error.expected, fix=error.fix) from None
+
+
 def _check_samples(recipe: Recipe, where: str) -> None:
     """Where something is calibrated, the samples are enough for it."""
     table, frontier = recipe.quantize, recipe.frontier
@@ -293,6 +363,9 @@ def _check_render(table: RenderTable, where: str) -> None:
         raise ConfigError(
             f"{where} [render]: {given} without {other}", expected="both", fix=f"give {other}, or leave {given} out"
         )
+    for key, file in (("source", table.source), ("pose", table.pose)):
+        if file and not Path(file).is_file():
+            raise ConfigError(f"{where} [render]: {key} = {file!r}", expected="a file", fix="check the path")
 
 
 def _check_quantize(recipe: Recipe, where: str) -> None:
@@ -360,8 +433,9 @@ def _check_init(init: str, earlier: Sequence[str], where: str) -> None:
 def _check_student(recipe: Recipe, where: str) -> None:
     """[student] names exactly one student that is there."""
     chosen, names = recipe.student, list(recipe.students)
+    config: Mapping[str, Any] = {}
     if chosen.artifact:
-        artifact.load(assets.resolve(chosen.artifact), "student", verify=False)
+        config = artifact.load(assets.resolve(chosen.artifact), "student", verify=False).config
     elif not names:
         raise ConfigError(
             f"{where} makes no student", expected="[[distill]], or [student] artifact", fix="add one of them"
@@ -373,6 +447,11 @@ def _check_student(recipe: Recipe, where: str) -> None:
             expected=f"one of {names}, or artifact alone",
             fix="correct it",
         )
+    distilled = recipe.students[chosen.from_ or names[-1]] if names and not chosen.artifact else None
+    config = {"method": distilled.method, "steps": distilled.steps} if distilled else config
+    for title, steps in (("[student]", chosen.steps), ("[qad]", recipe.qad.steps if recipe.qad else None)):
+        if steps is not None:
+            check_steps(config, steps, f"{where} {title}: ")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -386,8 +465,8 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def parse(kind: type[T], table: Mapping[str, Any], where: str) -> T:
-    """Build the dataclass ``kind`` from a table: unknown keys, missing keys, wrong types, counts below 1, and times and
-    rates that are not positive are errors.
+    """Build the dataclass ``kind`` from a table: unknown keys, missing keys, wrong types, counts below 1, times and
+    rates that are not positive, and numbers that are not finite are errors.
 
     A field ``from_`` is the key ``from``, which Python keeps for itself.
     """
@@ -399,8 +478,7 @@ def parse(kind: type[T], table: Mapping[str, Any], where: str) -> T:
             raise ConfigError(f"{where}: unknown key {key!r}", expected=f"one of {names}", fix="check the spelling")
     values = {known[key]: _value(hints[key], value, where, key) for key, value in table.items()}
     for key, value in table.items():
-        if kind is not BenchTable or key in COUNTS:  # the seconds of [bench] may be 0
-            _check_range(key, value, where)
+        _check_range(key, value, where, from_zero=kind is BenchTable)  # whose seconds may be 0
     try:
         return kind(**values)
     except TypeError:
@@ -419,12 +497,22 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
     return _checked(hint, value, f"{where}: {key}")
 
 
-def _check_range(key: str, value: Any, where: str) -> None:
+def _check_range(key: str, value: Any, where: str, from_zero: bool) -> None:
     numbers = value if isinstance(value, list | tuple) else (value,)
     if key in COUNTS and min(numbers, default=0) < 1:
-        raise ConfigError(f"{where}: {key} = {value}", expected="at least 1", fix="correct the value")
-    if key in AMOUNTS and not 0 < value < inf:
-        raise ConfigError(f"{where}: {key} = {value:g}", expected="a finite number above 0", fix="correct the value")
+        expected = "at least 1"
+    elif key in FROM_ZERO and not 0 <= value < 2**63:  # torch and numpy take no larger seeds
+        expected = "0 or more" if value < 0 else "less than 2 ** 63"
+    elif key in AMOUNTS and not (0 < value < inf or (from_zero and value == 0)):
+        expected = "a finite number" + (", 0 or more" if from_zero else " above 0")
+    elif key == "ema" and value >= 1:
+        expected = "below 1"
+    elif isinstance(value, float) and not isfinite(value):
+        expected = "a finite number"
+    else:
+        return
+    shown = f"{value:g}" if isinstance(value, float) else value
+    raise ConfigError(f"{where}: {key} = {shown}", expected=expected, fix="correct the value")
 
 
 def _checked(hint: Any, value: Any, where: str) -> Any:

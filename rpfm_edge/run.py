@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rpfm_edge import api, artifact
-from rpfm_edge.artifact import json_digest
+from rpfm_edge.artifact import EVIDENCE, json_digest
 from rpfm_edge.errors import ConfigError
 from rpfm_edge.evidence import judge, keep_evidence, render_picture, write_page
 from rpfm_edge.frontier import built_by, measure_frontier
@@ -36,11 +36,12 @@ def run_recipe(path: Path) -> dict[str, Any]:
     bundles = {precision: _build(recipe, stages, precision, graph) for precision, graph in graphs.items()}
     _frontier(recipe, stages, teacher, student)
 
-    evidence, config = out / "evidence.json", asdict(recipe)
+    evidence, pictures, config = out / "evidence.json", out / "pictures", asdict(recipe)
     inputs: dict[str, str | Path] = {"teacher": teacher, "student": student, **bundles}
     judged = {k: config[k] for k in ("data", "seed", "validate", "bench", "quantize", "build")}
     judged |= {"missing": _missing(), "built_by": _built_by(recipe)}
-    stages.once("evidence", judged, inputs, evidence, lambda: judge(recipe, teacher, student, bundles, evidence))
+    take = partial(judge, recipe, teacher, student, bundles, evidence)
+    stages.once("evidence", judged, inputs, evidence, take, also=[pictures])
     found = json.loads(evidence.read_text(encoding="utf-8"))
     picture, bundle = out / "render.png", out / "bundle"
     own = artifact.load(bundle, "bundle", verify=False)  # one made again, with the same content, has lost its evidence
@@ -50,12 +51,13 @@ def run_recipe(path: Path) -> dict[str, Any]:
     stages.once("render", config["render"], shown, picture, lambda: render_picture(recipe, bundle, picture))
     sources: dict[str, str | Path] = {"evidence": evidence, "picture": picture}
     sources |= {"gain": out / "gain.json", "frontier": out / "frontier" / "frontier.json"}
-    page = out / "report.html"
-    stages.once("report", config, sources, page, lambda: write_page(recipe, path, teacher, student, students, page))
+    page, numbers = out / "report.html", out / "report.json"
+    write = partial(write_page, recipe, path, teacher, student, students, page)
+    stages.once("report", config, sources, page, write, also=[numbers])
     return {
         "bundle": str(bundle),
         "report": str(page),
-        "report_json": str(out / "report.json"),
+        "report_json": str(numbers),
         "picture": str(picture),
         "violations": found["violations"],
     }
@@ -158,7 +160,7 @@ def _plan(recipe: Recipe, stages: Stages, graph: Path, out: Path) -> None:
 
     made_by = built_by(target, options[target])
     config = [target, made_by, dict(table.budget), table.samples, seed]
-    stages.once("auto", config, {"graph": graph, "data": recipe.data}, out, make)
+    stages.once("auto", config, {"graph": graph, "data": recipe.data}, out, make, also=[out / EVIDENCE / "plan.json"])
 
 
 def _build(recipe: Recipe, stages: Stages, precision: str, graph: Path) -> Path:
@@ -210,4 +212,5 @@ def _frontier(recipe: Recipe, stages: Stages, teacher: str | Path, student: str)
         {"teacher": teacher, "student": student},
         out / "frontier.json",
         lambda: measure_frontier(student, teacher, recipe.data, out, **config),
+        also=[out / "frontier.md", out / "frontier.png"],
     )

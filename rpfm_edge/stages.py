@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +35,14 @@ class Stages:
         out: Path,
         make: Callable[[], Any],
         tools: Sequence[str] = LIBRARIES,
+        also: Sequence[Path] = (),
     ) -> tuple[Path, bool]:
-        """Run ``make``, which writes ``out``, unless the record says that this very thing was made.
+        """Run ``make``, which writes ``out``, unless the record says that this very thing was made, and it is whole.
 
         Args:
             tools: the libraries whose versions count. Training takes none: a network that took hours on another
                 machine stays what it is.
+            also: what else ``make`` writes: files, or folders of files.
 
         Returns:
             ``out``, and whether it is fresh.
@@ -46,13 +50,13 @@ class Stages:
         record = self._record(name)
         versions, digests = tool_versions(*tools), {k: identity(v) for k, v in inputs.items()}
         key = json_digest({"config": config, "tools": versions, "inputs": digests})
-        if _recorded(record) == {"key": key, "digest": identity(out)}:
+        if _recorded(record) == _made(key, out, also):
             console.print(f"[dim]{name}: unchanged[/dim]")
             return out, False
         console.print(f"[bold]{name}[/bold]")
         self.keep(name, key, out.with_name(out.name + ".work"))
         make()
-        write_text(record, json.dumps({"key": key, "digest": identity(out)}))
+        write_text(record, json.dumps(_made(key, out, also)))
         return out, True
 
     def keep(self, name: str, key: str, work: Path) -> Path:
@@ -67,16 +71,43 @@ class Stages:
         return self.folder / "stages" / f"{name}.json"
 
 
-def identity(thing: str | Path) -> str:
-    """The digest of an artifact or a file; other strings (factories, data set names) stand for themselves."""
+def identity(thing: str | Path, verify: bool = False) -> str:
+    """The digest of an artifact or a file; a factory's name with that of its module's file; other strings (names of
+    data sets) stand for themselves.
+
+    ``verify``: read every file of an artifact, 2 ms per MiB; one with a missing or altered file has no digest.
+    """
     path = Path(thing)
     try:
         folder = assets.resolve(thing)
         if (folder / artifact.MANIFEST).is_file():
-            return artifact.load(folder, verify=False).digest
+            return artifact.load(folder, verify=verify).digest
     except ArtifactError:
         pass
-    return file_digest(path) if path.is_file() else str(thing)
+    return file_digest(path) if path.is_file() else _factory(str(thing))
+
+
+def _factory(spec: str) -> str:
+    """``package.module:function`` with the digest of the file that it is written in, if there is one."""
+    module, colon, _ = spec.partition(":")
+    try:
+        found = find_spec(module) if colon and re.fullmatch(r"\w+(\.\w+)*:\w+", spec) else None
+    except (ImportError, ValueError):  # its package is not there, or the module is __main__
+        return spec
+    file = Path(found.origin) if found and found.origin else None
+    return f"{spec} {file_digest(file)}" if file and file.is_file() else spec
+
+
+def _made(key: str, out: Path, also: Sequence[Path]) -> dict[str, str]:
+    """The record of a stage, by what lies there now."""
+    return {"key": key, "digest": identity(out, verify=True), **{path.name: _content(path) for path in also}}
+
+
+def _content(path: Path) -> str:
+    """The digest of a file, or of the files in a folder but hidden ones."""
+    if not path.is_dir():
+        return identity(path)
+    return json_digest({file.name: file_digest(file) for file in path.glob("[!.]*") if file.is_file()})
 
 
 def _recorded(record: Path) -> dict[str, str]:

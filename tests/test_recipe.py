@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
 import re
 import shutil
@@ -13,10 +14,11 @@ from typing import Any
 import cv2
 import pytest
 
+import runtimes
 from distill.autoencoder import SmallAutoencoder
 from distill.rpfm import PRESETS
 from rpfm_edge import api, artifact, measure, run
-from rpfm_edge.errors import ArtifactError, ConfigError
+from rpfm_edge.errors import ArtifactError, BackendError, ConfigError
 from rpfm_edge.recipe import SMALL_MULTIPLE, DistillTable, Recipe, load_recipe, parse
 from runtimes import ort, ov
 from tests.toy import make_teacher
@@ -55,13 +57,13 @@ seconds = 0.01
 def test_defaults_fill_what_is_left_out(tmp_path: Path) -> None:
     file = tmp_path / "recipe.toml"
     file.write_text(
-        'out = "here"\n[[distill]]\nseconds = 5\n[build]\ntargets = ["onnxruntime"]\nopenvino.device = "CPU"\n'
+        'out = "here"\n[[distill]]\nseconds = 5\n[build]\ntargets = ["openvino"]\nopenvino.device = "CPU"\n'
     )
     recipe = load_recipe(file)
     assert (recipe.out, recipe.data, recipe.teacher.preset, recipe.student.steps) == ("here", "sample", "xs", None)
     assert recipe.students == {"flowmap": DistillTable(seconds=5)}
     assert recipe.frontier is None
-    assert recipe.build.targets == ("onnxruntime",)
+    assert recipe.build.targets == ("openvino",)
     assert recipe.build.openvino == {"device": "CPU"}
 
 
@@ -148,6 +150,14 @@ def test_the_chain_for_a_gpu_is_the_one_that_is_tried_at_toy_size(name: str) -> 
         (f"{TWO}steps = 0", "[[distill]] 2: steps = 0", "at least 1"),
         (f"{TWO}steps = 3", "[[distill]] b: steps = 3", "1, 2, 4 or 8 with flowmap"),
         (f"{TWO}steps = 3\nmethod = 'endpoint'", "[[distill]] b: steps = 3", "1, 2, 4 or 8 with endpoint"),
+        (
+            f"{TWO}[student]\nsteps = 3",
+            "[student]: steps = 3 for a student that was distilled by flowmap for 4",
+            "4 or 8",
+        ),
+        (f"{TWO}method = 'endpoint'\n[student]\nsteps = 1", "[student]: steps = 1 for a student that was", "4"),
+        (f"{TWO}[qad]\nsteps = 16", "[qad]: steps = 16 for a student that was", "4 or 8"),
+        (f"{TWO}method = 'reflow'\ninit = 'a'", "[[distill]] b: init = 'a' with method reflow", "without a flow map"),
         (f"{TWO}perceptual_weight = 0.5", "b: perceptual_weight = 0.5 with method flowmap", "with endpoint"),
         (f"{TWO}[bench]\nruns = 0", "[bench]: runs = 0", "at least 1"),
         (f"{TWO}[validate]\npairs = 0", "[validate]: pairs = 0", "at least 1"),
@@ -164,6 +174,28 @@ def test_the_chain_for_a_gpu_is_the_one_that_is_tried_at_toy_size(name: str) -> 
         (f"{TWO}[teacher]\nema = 0", "[teacher]: ema = 0", "above 0"),
         (f"{TWO}[teacher]\nsize = [250, 176]", "[teacher]: size = [250, 176]", "multiples of 16"),
         (f"{TWO}[teacher]\nsize = [256, 0]", "[teacher]: size = [256, 0]", "multiples of 16"),
+        (f"{TWO}[teacher]\nema = 1.5", "[teacher]: ema = 1.5", "below 1"),
+        (f"{TWO}[teacher]\nguidance_scale = nan", "[teacher]: guidance_scale = nan", "a finite number"),
+        (f"seed = -1\n{TWO}", "seed = -1", "0 or more"),
+        (f"seed = 99999999999999999999\n{TWO}", "seed = 99999999999999999999", "less than 2 ** 63"),
+        (f"{TWO}[validate]\npictures = -3", "[validate]: pictures = -3", "0 or more"),
+        (f"{TWO}[bench]\nseconds = nan", "[bench]: seconds = nan", "a finite number, 0 or more"),
+        (f"{TWO}[bench]\nseconds = inf", "[bench]: seconds = inf", "a finite number, 0 or more"),
+        (
+            f"{TWO}[build]\nonnxruntime.thread = 1",
+            "[build.onnxruntime]: unknown onnxruntime option 'thread'",
+            "threads",
+        ),
+        (f"{TWO}[build]\nopenvino.hint = 'FAST'", "[build.openvino]: openvino option hint is 'FAST'", "LATENCY"),
+        (f"{TWO}[build]\nopenvino = {{device = 'AUTO', threads = 2}}", "threads is 2 on AUTO", "device CPU only"),
+        (
+            f"{FLOAT}also = []\n[build]\ntargets = ['torch']\ntorch.threads = -1",
+            "[build.torch]: torch option",
+            "an integer",
+        ),
+        (f"{TWO}[build.tensorrt]\nworkspace_mib = 4", "[build.tensorrt]: tensorrt is no target", "'onnxruntime'"),
+        (f"{TWO}[render]\nsource = 'a.png'\npose = 'a.json'", "[render]: source = 'a.png'", "a file"),
+        (f"{TWO}[render]\nsource = '{__file__}'\npose = 'a.json'", "[render]: pose = 'a.json'", "a file"),
         (f"{TWO}[render]\nsource = 'a.png'", "[render]: source without pose", "both"),
         (f"{TWO}[render]\npose = 'a.json'", "[render]: pose without source", "both"),
         ("out = 'x'", "makes no student", "[student] artifact"),
@@ -205,6 +237,48 @@ def test_a_student_that_is_no_student_is_refused_before_anything_runs(tmp_path: 
         load_recipe(file)
 
 
+@pytest.mark.parametrize(
+    ("teacher", "problem"),
+    [
+        ("runs/typo", "runs/typo is no artifact"),
+        ("teacher:xxs", "no shipped artifact 'teacher:xxs'"),
+        ("no_such_package.module:factory", "no shipped artifact 'no_such_package.module:factory'"),
+        ("student:xs", "is a student"),
+    ],
+)
+def test_a_teacher_that_is_none_is_refused_before_anything_runs(tmp_path: Path, teacher: str, problem: str) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text(f"out = 'x'\n[student]\nartifact = 'student:xs'\n[teacher]\nartifact = '{teacher}'\n")
+    with pytest.raises(ArtifactError) as raised:
+        load_recipe(file)
+    assert problem in raised.value.problem
+
+
+def test_options_of_a_backend_that_is_not_here_are_left_to_the_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is trained here may be built elsewhere."""
+
+    def absent(name: str) -> None:
+        raise BackendError(f"backend {name} is not installed", expected="its package", fix="install it")
+
+    file = tmp_path / "recipe.toml"
+    file.write_text(f"{TWO}[build]\nopenvino.device = 'NPU'\nonnxruntime.provider = 'CUDAExecutionProvider'\n")
+    assert load_recipe(file).build.openvino == {"device": "NPU"}
+    file.write_text(f"{TWO}[build]\ntargets = ['tensorrt']\ntensorrt.workspace_mib = 4\n")
+    monkeypatch.setattr(runtimes, "load", absent)
+    assert load_recipe(file).build.tensorrt == {"workspace_mib": 4}
+
+
+def test_what_the_page_needs_is_asked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "jinja2" else found(name, *rest)
+    )
+    with pytest.raises(BackendError, match=r"jinja2 is not installed: .* pip install 'rpfm-edge\[validate\]'"):
+        api.run(tmp_path / "absent.toml")
+
+
 def test_students_start_from_earlier_ones_or_from_artifacts(tmp_path: Path) -> None:
     file = tmp_path / "recipe.toml"
     file.write_text(f"{TWO}init = 'a'\n[[distill]]\nname = 'c'\ninit = 'student:xs'\n[student]\nfrom = 'b'\n")
@@ -219,7 +293,7 @@ def test_students_start_from_earlier_ones_or_from_artifacts(tmp_path: Path) -> N
         f"{TWO}method = 'reflow'\nsteps = 3",  # which knows no step sizes
         f"{FLOAT}samples = 0",  # nothing is calibrated
         f"{TWO}preset = 'xs'",  # the teacher's
-        f"{TWO}preset = 's'\n[teacher]\nartifact = 'my_teacher:factory'",  # which is no RPFM network
+        f"{TWO}preset = 's'\n[teacher]\nartifact = 'tests.toy:factory'",  # which is no RPFM network
         f"{TWO}[bench]\nseconds = 0",  # as many runs as it says
         f"{TWO}[teacher]\nsize = [252, 180]\nautoencoder = 'vae'",  # with 2 pixels per latent, perhaps
         f"{TWO}[teacher]\nsize = [250, 170]\nartifact = 'teacher:xs'",  # where nothing is trained
@@ -301,6 +375,14 @@ def test_the_report_needs_no_network_and_shows_the_pictures(first: tuple[Path, R
         assert file.read_bytes() in [_decoded(source) for source in shown]
 
 
+def test_the_report_has_every_stage_once(first: tuple[Path, Result, list[str]]) -> None:
+    page = (first[0] / first[1]["report"]).read_text(encoding="utf-8")
+    tables = [re.findall(r'<th scope="row">(.*?)</th>', table) for table in page.split("</table>")]
+    assert all(len(set(stages)) == len(stages) for stages in tables)
+    teacher = {stage for stages in tables for stage in stages if stage.startswith("teacher")}
+    assert teacher == {f"teacher, {what}" for what in ("reference", "1 step", "2 steps", "4 steps", "8 steps")}
+
+
 def _decoded(uri: str) -> bytes:
     return base64.b64decode(uri.partition(",")[2])
 
@@ -362,6 +444,58 @@ def test_what_was_deleted_is_made_again_with_its_evidence(folder: Path) -> None:
     assert api.inspect(folder / "run" / "bundle")["evidence"] == before
 
 
+@pytest.mark.parametrize(
+    ("lost", "again"),
+    [
+        ("bundle/engines/onnxruntime", ["build-fp32"]),
+        ("bundle/evidence", []),  # it is kept beside the bundle, too
+        ("bundle/frame.onnx", ["build-fp32"]),
+        ("graphs/fp32/frame.onnx", ["export"]),
+        ("pictures", ["evidence", "report"]),
+        ("report.json", ["report"]),
+    ],
+)
+def test_a_part_that_was_deleted_is_made_again(folder: Path, lost: str, again: list[str]) -> None:
+    before = _files(folder / "run")
+    path = folder / "run" / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert [_run(folder)[1], _run(folder)[1]] == [again, []]
+    assert _files(folder / "run") == before
+    api.inspect(folder / "run" / "bundle")
+
+
+def test_a_part_that_was_cut_short_is_made_again(folder: Path) -> None:
+    model = folder / "run" / "bundle" / "frame.onnx"
+    whole = model.read_bytes()
+    model.write_bytes(whole[:-1])
+    assert [_run(folder)[1], _run(folder)[1]] == [["build-fp32"], []]
+    assert model.read_bytes() == whole
+
+
+def _files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_a_frontier_without_its_table_or_plot_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*rest: Any, **_: Any) -> None:
+        made.append("measured")
+        for ending in ("json", "md", "png"):
+            artifact.write_text(rest[3] / f"frontier.{ending}", "figures")
+
+    made: list[str] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "measure_frontier", measured)
+    file = tmp_path / "recipe.toml"
+    file.write_text("out = 'run'\n[student]\nartifact = 'student:xs'\n[frontier]\n")
+    for lost in ("md", "png", "json"):
+        for _ in range(2):
+            run._frontier(load_recipe(file), run.Stages(Path("run")), "teacher:xs", "student:xs")
+        assert (made.pop(), made) == ("measured", [])
+        (tmp_path / "run" / "frontier" / f"frontier.{lost}").unlink()
+
+
 def test_evidence_that_is_there_is_not_replaced(folder: Path) -> None:
     api.bench(folder / "run" / "bundle", runs=4, seconds=0)
     later = api.inspect(folder / "run" / "bundle")["evidence"]
@@ -387,6 +521,33 @@ def test_another_version_or_machine_builds_and_measures_again(folder: Path, monk
     assert [_run(folder)[1], _run(folder)[1]] == [again, []]
     monkeypatch.setattr(measure, "where", lambda *given: {**where(*given), "cpu": "another one"})
     assert [_run(folder)[1], _run(folder)[1]] == [again, []]
+
+
+def test_a_plan_whose_study_is_gone_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page of the recipe shows it, and the digest of the graph does not cover it."""
+    study, made = tmp_path / "run" / "auto" / "evidence" / "plan.json", list[str]()
+
+    def planned(graph: Path, data: str, out: Path, *_: Any, **__: Any) -> dict[str, str]:
+        with artifact.replacing_folder(out, "graph") as folder:
+            artifact.write_text(folder / "evidence" / "plan.json", "{}")
+            artifact.seal(folder, "graph", {}, {}, ())
+        made.append("fp32")
+        return {"chosen": "fp32"}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(api, "plan", planned)
+    file = tmp_path / "recipe.toml"
+    file.write_text("out = 'run'\n[student]\nartifact = 'student:xs'\n[quantize]\nprecision = 'auto'\nalso = []\n")
+
+    def times() -> int:
+        made.clear()
+        run._plan(load_recipe(file), run.Stages(Path("run")), Path("graph"), Path("run/auto"))
+        return len(made)
+
+    assert [times(), times()] == [1, 0]
+    study.unlink()
+    assert [times(), times()] == [1, 0]
+    assert study.exists()
 
 
 @pytest.mark.parametrize(
@@ -454,7 +615,7 @@ def distilled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         asked.append({"name": out.name, **fields})
         Path(fields["store"]).mkdir(exist_ok=True)
         (Path(fields["store"]) / "shard").write_text(str(fields["targets_per_source"]))
-        with artifact.replacing_folder(out) as folder:
+        with artifact.replacing_folder(out, "student") as folder:
             artifact.seal(folder, "student", {k: fields[k] for k in ("method", "lr")}, {}, ())
 
     def chain(targets: int = 8, lr: float = 5e-4, polish: float = 1e-4) -> list[dict[str, Any]]:
