@@ -2,7 +2,8 @@
 
     python -m benchmarks.gate_calibration BUNDLE --out runs/gate --runs 50 --seconds 900
 
-Every run is kept below ``--out`` and not measured again, so that the experiment can be stopped and continued.
+Every run is kept below ``--out`` and not measured again, so that the experiment can be stopped and continued. Each
+bundle, backend, device and limit has a folder of its own there.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rpfm_edge import artifact, measure, regression
-from rpfm_edge.artifact import write_text
+from rpfm_edge import artifact, baseline, measure, regression
+from rpfm_edge.artifact import Artifact, write_text
 from rpfm_edge.measure import Call
 from rpfm_edge.regression import NEW, OLD, GateConfig
-from rpfm_edge.rounds import Chunk, busy_share, joined
+from rpfm_edge.rounds import CHUNK_ROUNDS, Chunk, busy_share, joined
 
 SLOWDOWNS = (0.0, 0.05, 0.10, 0.20)
 VERDICTS = ("pass", "regression", "unstable")
@@ -59,7 +60,7 @@ def one_run(bundle: Path, backend: str, way: str, share: float, seed: int, limit
     return {
         "way": way,
         "share": share,
-        "rounds": len(joined(found, NEW)),
+        "rounds": len(found) * CHUNK_ROUNDS,
         **judgement.to_json(),
         **facts,
         "times_s": times_s,
@@ -76,8 +77,14 @@ def settled_times(bundle: Path, backend: str, limit_s: float, out: Path) -> list
             judgement = regression.settle(call, config, found)
         if judgement.reasons:
             raise SystemExit(f"no baseline: {'; '.join(judgement.reasons)}")
-        write_text(out, json.dumps(regression.baseline_times(found, config)))
+        write_text(out, json.dumps(joined(regression.settled_half(found, config), NEW)))
     return list(json.loads(out.read_text(encoding="utf-8")))
+
+
+def folder_of(out: Path, bundle: Artifact, backend: str, limit_s: float) -> Path:
+    """Where the runs of an experiment are kept: no two that are not to be counted together share it."""
+    what = [bundle.digest, baseline.fingerprint(bundle, backend), limit_s, artifact.tool_versions()]
+    return out / f"{backend}-{artifact.json_digest(what)[:12]}"
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -115,16 +122,17 @@ def main() -> None:
     given = parser.parse_args()
     end = time.monotonic() + given.seconds
     measured = partial(one_run, given.bundle, given.backend)
+    out = folder_of(given.out, artifact.load(given.bundle, "bundle"), given.backend, given.limit)
     for number in range(given.runs):  # all cases in turns, so that quiet and busy hours meet each of them
         for way in given.way or WAYS:
             for share in SLOWDOWNS:
-                file = given.out / f"{way.replace('/', '')}-{share:.2f}-{number:03d}.json"
+                file = out / f"{way.replace('/', '')}-{share:.2f}-{number:03d}.json"
                 if file.is_file() or time.monotonic() > end:
                     continue
-                baseline = given.out / "work" / "baseline.json"
-                times = settled_times(given.bundle, given.backend, given.limit, baseline) if way == "baseline" else []
+                stored = out / "work" / "baseline.json"
+                times = settled_times(given.bundle, given.backend, given.limit, stored) if way == "baseline" else []
                 write_text(file, json.dumps(measured(way, share, number, given.limit, times)))
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(given.out.glob("*.json"))]
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))]
     print(table(records))
     where = measure.where()
     print(f"\n{where['cpu']}, {where['usable_cores']} cores; limit {given.limit:g} s a run")

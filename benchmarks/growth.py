@@ -2,7 +2,7 @@
 
 The network is a preset with random weights, since no trained one has other sizes: what it draws means nothing, what it
 costs is what a trained one costs. It is exported as every student is and runs in OpenVINO in FP32. The points of a
-curve are timed in turns. Graphs and finished curves are kept in ``--out``, and not made again.
+curve are timed in turns. Graphs are kept in ``--out``, and so are the finished curves of each machine.
 """
 
 from __future__ import annotations
@@ -156,6 +156,13 @@ def measure_axis(name: str, axis: str, cases: Sequence[Case], rounds: int, out: 
     return {"preset": name, "rounds": rounds, "points": points, "exponent": exponent(points), "state": state}
 
 
+def same_machine(machine: dict[str, Any]) -> dict[str, Any]:
+    """Of ``measure.where`` what has to be the same for two curves to stand in one picture: no temperatures."""
+    board = machine.get("jetson") or {}
+    names = ("cpu", "board", "usable_cores", "memory_bytes", "python", "platform", "versions")
+    return {name: machine.get(name) for name in names} | {k: board.get(k) for k in ("power_mode", "clocks_locked")}
+
+
 def exponent(points: Sequence[dict[str, Any]]) -> float | None:
     """k of time per frame ~ x^k by least squares over the logarithms; None for a single point."""
     if len(points) < 2:
@@ -190,8 +197,10 @@ def main() -> None:
     given, console = parser.parse_args(), Console(highlight=False)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     work, found = given.out / given.preset, {}
+    machine = measure.where(artifact.tool_versions("openvino", "torch"))
+    device = artifact.json_digest(same_machine(machine))[:12]
     for axis, cases in axes(Case(threads=given.threads), cores).items():
-        kept = work / f"{axis}-{given.threads}-{given.rounds}.json"
+        kept = work / f"{axis}-{given.threads}-{given.rounds}-{device}.json"
         with suppress(OSError, ValueError):
             found[axis] = json.loads(kept.read_text(encoding="utf-8"))
         if axis not in found:
@@ -202,7 +211,6 @@ def main() -> None:
             console.print(f"{axis:8} {point['x']:7d}  {1e3 * point['frame_s']:8.2f} ms a frame  {rate:6.1f} GFLOP/s")
         if found[axis]["exponent"] is not None:  # of one point, such as the threads of one core, there is none
             console.print(f"{axis:8} time of a frame ~ {axis}^{found[axis]['exponent']:.2f}")
-    machine = measure.where(artifact.tool_versions("openvino", "torch"))
     result = {"machine": machine, "precision": "fp32", "backend": "openvino", "weights": "random", "axes": found}
     artifact.write_text(given.out / "growth.json", json.dumps(result, indent=1))
     artifact.write_bytes(given.out / "growth.png", picture(found))

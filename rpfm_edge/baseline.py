@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -24,7 +25,7 @@ from rpfm_edge.pipeline import engine_versions
 
 FOLDER = Path(".rpfm-edge") / "baselines"
 BUNDLES = "bundles"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +68,14 @@ def save(folder: Path, baseline: Baseline, bundle: Artifact) -> Path:
     """Keep a baseline and a copy of its bundle; one of the same name, backend and device is replaced."""
     check_name(baseline.name)
     copy = _copy(folder, baseline.digest)
-    if _verified(copy, baseline.digest) is None:
-        with artifact.replacing_folder(copy) as scratch:
-            shutil.copytree(bundle.path, scratch, dirs_exist_ok=True)
     content = {"format": FORMAT, **asdict(baseline)}
     path = _file(folder, baseline.name, baseline.backend, baseline.device)
-    artifact.write_text(path, json.dumps({**content, "sha256": json_digest(content)}, indent=1))
+    with ExitStack() as stack:
+        if _verified(copy, baseline.digest) is None:
+            scratch = stack.enter_context(artifact.replacing_folder(copy, "bundle"))
+            shutil.copytree(bundle.path, scratch, dirs_exist_ok=True)
+        # before the copy has its name: another process removes copies that no baseline names
+        artifact.write_text(path, json.dumps({**content, "sha256": json_digest(content)}, indent=1))
     _prune(folder)
     return path
 
@@ -166,8 +169,9 @@ def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _prune(folder: Path) -> None:
     """Remove the copies that no baseline names."""
+    copies = list((folder / BUNDLES).iterdir())  # first: a copy that comes later has its record by then
     used = {_copy(folder, str(record.get("digest"))).name for record in _records(folder)}
-    for copy in (folder / BUNDLES).iterdir():
+    for copy in copies:
         if copy.name not in used and not copy.name.startswith("."):  # another process is writing those
             shutil.rmtree(copy, ignore_errors=True)
 

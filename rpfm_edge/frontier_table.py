@@ -130,23 +130,23 @@ def put_in_file(path: Path, result: Mapping[str, Any] | None) -> None:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read ({error})", expected="a text file", fix="check the path") from None
-    changed = put_between(text, markdown(result) if result else "", str(path))
+    changed = put_between(text, markdown(result) if result else "", where=str(path))
     if result:
         write_text(path, changed)
 
 
-def put_between(text: str, table: str, where: str = "the text") -> str:
-    """``text`` with what stands between ``BEGIN`` and ``END``, each on a line of its own, replaced by ``table``.
+def put_between(text: str, table: str, begin: str = BEGIN, end: str = END, where: str = "the text") -> str:
+    """``text`` with what stands between two markers, each on a line of its own, replaced by ``table``.
 
     Raises:
         ConfigError: the two markers are not there once, in this order.
     """
-    before, found, rest = text.partition(BEGIN + "\n")
-    _, closed, after = rest.partition(END)
-    if not (found and closed) or BEGIN in rest or END in before + after:
+    before, found, rest = text.partition(begin + "\n")
+    _, closed, after = rest.partition(end)
+    if not (found and closed) or begin in rest or end in before + after:
         raise ConfigError(
-            f"{where} has no place for the frontier",
-            expected=f"one line {BEGIN} and after it one line {END}",
+            f"{where} has no place for the table",
+            expected=f"one line {begin} and after it one line {end}",
             fix="add the two lines where the table should stand",
         )
-    return f"{before}{BEGIN}\n\n{table.strip()}\n\n{END}{after}"
+    return f"{before}{begin}\n\n{table.strip()}\n\n{end}{after}"

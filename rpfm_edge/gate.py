@@ -73,7 +73,7 @@ def judge_pairs(
     """Both were timed in the same rounds: the median of the paired ratios, in which the machine's drift cancels.
 
     Args:
-        old, new: seconds, one of each a round.
+        old, new: seconds, paired by their place.
         reasons: why the window is not settled, whatever the times are.
     """
     ratios = np.log(np.asarray(new, np.float64) / np.asarray(old, np.float64))
@@ -105,7 +105,7 @@ def _judge(estimate: float, resampled: np.ndarray, max_slowdown: float, reasons:
     slowdown = float(np.expm1(estimate))
     if high - low > max_slowdown and low <= max_slowdown <= high:
         reasons.append(f"{low:+.1%} … {high:+.1%} is too wide to tell {max_slowdown:.1%}")
-    verdict = "unstable" if reasons else "regression" if slowdown > max_slowdown and low > 0 else "pass"
+    verdict = "unstable" if reasons else "regression" if slowdown > max_slowdown else "pass"
     return Judgement(verdict, slowdown, low, high, tuple(reasons))
 
 

@@ -6,10 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from rpfm_edge import api
+from rpfm_edge import api, tables
 from rpfm_edge.errors import ConfigError
 from rpfm_edge.gate import parse_share
 
@@ -39,22 +36,29 @@ def judge(
     return api.gate(bundle, gate, against, backend, baselines, **counts)
 
 
-def render(result: Mapping[str, Any], console: Console) -> None:
+def render(result: Mapping[str, Any]) -> None:
     """Print one line a backend, then every reason, and what throttled."""
-    table = Table("backend", box=None, pad_edge=False)
-    for title in ("old ms", "new ms", "slower", "95 % interval", "rounds", "verdict"):
-        table.add_column(title, justify="right", no_wrap=True)
+    table = tables.table("backend", "old ms", "new ms", "slower", "95 % interval", "rounds", "verdict")
     for record in result["backends"]:
-        verdict = "saved" if record.get("way") == "save" and record["verdict"] == "pass" else record["verdict"]
+        verdict = "saved" if _saved(record) else record["verdict"]
         table.add_row(record["backend"], *_cells(record), f"[{COLOURS[record['verdict']]}]{verdict}[/]")
-    console.print(table)
+    tables.console.print(table)
     for record in result["backends"]:
         for reason in record["reasons"]:
-            _say(console, f"{record['backend']}: {reason}")
+            tables.say(f"{record['backend']}: {reason}")
         if record.get("throttling"):
-            _say(console, f"{record['backend']}: throttled during the run ({', '.join(record['throttling'])})")
+            tables.say(f"{record['backend']}: throttled during the run ({', '.join(record['throttling'])})")
         if (others := record.get("others")) is not None and "way" in record:
-            _say(console, f"{record['backend']}: {WAYS[record['way']]}; other programs used {others:.0%} of the cores")
+            tables.say(f"{record['backend']}: {WAYS[record['way']]}; other programs used {others:.0%} of the cores")
+        if _saved(record) and record["reasons"]:
+            untold = "the gate cannot hold the same bundle against these times"
+            tables.say(f"{record['backend']}: warning: {untold}; save again when the machine is quiet")
+    for name, reason in result.get("skipped", {}).items():
+        tables.say(f"{name} skipped: {reason}")
+
+
+def _saved(record: Mapping[str, Any]) -> bool:
+    return record.get("way") == "save" and record["verdict"] == "pass"
 
 
 def _cells(record: Mapping[str, Any]) -> list[str]:
@@ -63,8 +67,4 @@ def _cells(record: Mapping[str, Any]) -> list[str]:
     if "slowdown" in record:
         low, high = record["interval"]
         judged = [f"{record['slowdown']:+.1%}", f"{low:+.1%} … {high:+.1%}"]
-    return [*times, *judged, str(record["new"]["runs"]) if "new" in record else "–"]
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, soft_wrap=True, markup=False, highlight=False)
+    return [*times, *judged, str(record.get("rounds", "–"))]

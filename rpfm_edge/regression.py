@@ -40,11 +40,11 @@ class GateConfig:
 
     def __post_init__(self) -> None:
         gate.check_limit(self.max_slowdown)
-        if self.rounds < measure.STABLE_BLOCKS or not self.limit_s > 0:
+        if self.rounds < measure.STABLE_BLOCKS or not 0 <= self.seconds < self.limit_s:
             raise ConfigError(
-                f"{self.rounds} rounds within {self.limit_s:g} s",
-                expected=f"at least {measure.STABLE_BLOCKS} rounds and some time",
-                fix="raise --runs or --limit",
+                f"{self.rounds} rounds and {self.seconds:g} s within {self.limit_s:g} s",
+                expected=f"at least {measure.STABLE_BLOCKS} rounds, and seconds from 0 to below the limit",
+                fix="raise --runs or --limit, or lower --seconds",
             )
 
 
@@ -87,9 +87,9 @@ def newest_half(window: Sequence[Chunk], config: GateConfig) -> Sequence[Chunk]:
     return window[-max(least, len(window) // 2) :]
 
 
-def baseline_times(found: Sequence[Chunk], config: GateConfig) -> list[float]:
-    """The times of ``NEW`` that a baseline keeps: the newest half of what no throttling disturbed, if there is such."""
-    return rounds.joined(newest_half(rounds.undisturbed(found) or found, config), NEW)
+def settled_half(found: Sequence[Chunk], config: GateConfig) -> Sequence[Chunk]:
+    """What is held against another day, or kept for it: the newest half of what no throttling disturbed, if any."""
+    return newest_half(rounds.undisturbed(found) or found, config)
 
 
 def _until_told(calls: Mapping[str, Call], judge: Judge, config: GateConfig, found: list[Chunk]) -> Judgement:
@@ -97,7 +97,7 @@ def _until_told(calls: Mapping[str, Call], judge: Judge, config: GateConfig, fou
     for chunk in rounds.chunks(calls, config.seed):
         found.append(chunk)
         window = rounds.undisturbed(found)
-        count, elapsed_s = len(rounds.joined(window, NEW)), time.perf_counter() - start
+        count, elapsed_s = len(window) * rounds.CHUNK_ROUNDS, time.perf_counter() - start
         if count >= config.rounds and elapsed_s >= config.seconds:
             judgement = judge(window, [])
             if judgement.verdict != "unstable" or elapsed_s >= config.limit_s:
@@ -112,8 +112,9 @@ def _until_told(calls: Mapping[str, Call], judge: Judge, config: GateConfig, fou
 def run_gate(bundle: Artifact, backends: Sequence[str], name: str, folder: Path, config: GateConfig) -> Record:
     """Hold every backend of a bundle against the baseline ``name``; the result is that of ``_each``.
 
-    If the baseline's bundle is there and is another one, both run in the same rounds. Otherwise the frame is held
-    against the baseline's times.
+    If the baseline's bundle is there and is another one, both run in the same rounds. These say nothing of what slows
+    both, such as rpfm-edge itself: after a pass the baseline's bundle is held against its own times. Without the
+    baseline's bundle, or if it is the same, the frame is held against the baseline's times.
     """
 
     def judged(backend: str, record: Record) -> None:
@@ -124,7 +125,7 @@ def run_gate(bundle: Artifact, backends: Sequence[str], name: str, folder: Path,
         _check_size(bundle, kept.config, f"baseline {name}")
         other = baseline.kept_bundle(folder, kept)
         if other is not None and other.digest != bundle.digest:
-            _judge_bundles(bundle, other, backend, config, record)
+            _judge_bundles(bundle, other, backend, config, record, kept)
         else:
             _judge_times(bundle, kept, backend, config, record)
 
@@ -150,6 +151,7 @@ def run_save(bundle: Artifact, backends: Sequence[str], name: str, folder: Path,
     Times that do not settle are kept with the reasons: the copy of the bundle still serves in the same rounds.
     """
     baseline.check_name(name)
+    artifact.require_writable(folder)
 
     def judged(backend: str, record: Record) -> None:
         found: list[Chunk] = []
@@ -158,8 +160,8 @@ def run_save(bundle: Artifact, backends: Sequence[str], name: str, folder: Path,
             try:
                 judgement = settle(frame(stack, bundle, backend), config, found)
             finally:
-                record |= _facts(found, (NEW,))
-        times = baseline_times(found, config)
+                record |= _facts(found, settled_half(found, config))
+        times = rounds.joined(settled_half(found, config), NEW)
         what = {key: bundle.config[key] for key in ("size", "steps", "precision")}
         device = baseline.fingerprint(bundle, backend)
         kept = Baseline(name, backend, device, what, bundle.digest, tuple(times), judgement.reasons)
@@ -169,7 +171,9 @@ def run_save(bundle: Artifact, backends: Sequence[str], name: str, folder: Path,
     return _each(backends, judged, folder / "results" / f"{name}.json", {"save": name, "bundle": bundle}, config)
 
 
-def _judge_bundles(bundle: Artifact, other: Artifact, backend: str, config: GateConfig, record: Record) -> None:
+def _judge_bundles(
+    bundle: Artifact, other: Artifact, backend: str, config: GateConfig, record: Record, kept: Baseline | None = None
+) -> None:
     found: list[Chunk] = []
     record |= {"way": "a/b", "old_bundle": str(other.path)}
     with ExitStack() as stack:
@@ -177,31 +181,54 @@ def _judge_bundles(bundle: Artifact, other: Artifact, backend: str, config: Gate
             calls = {OLD: frame(stack, other, backend), NEW: frame(stack, bundle, backend)}
             record |= compare(calls, config, found).to_json()
         finally:
-            record |= _facts(found, (OLD, NEW))
+            record |= _facts(found, rounds.undisturbed(found) or found)
+        if kept is not None and record["verdict"] == "pass":
+            _judge_both(calls[OLD], kept, config, record)
+
+
+def _judge_both(old: Call, kept: Baseline, config: GateConfig, record: Record) -> None:
+    """What slows both bundles: the old one against its stored times, alone, as it was when these were measured."""
+    untold = _unsettled(kept) or rounds.disturbance(record["others"])
+    if not untold:
+        judgement = hold_against(old, kept.times_s, config, [])
+        record["old_against_stored"] = judgement.to_json()
+        untold = list(judgement.reasons)
+        if judgement.verdict == "regression":
+            why = f"the old bundle takes {judgement.slowdown:.1%} more than when it was saved"
+            record |= {
+                "verdict": "regression",
+                "reasons": [f"{why}: rpfm-edge or the machine is slower, not the bundle"],
+            }
+    record["reasons"] += [f"not told whether rpfm-edge itself became slower: {why}" for why in untold]
+
+
+def _unsettled(kept: Baseline) -> list[str]:
+    return [f"when the baseline was saved, {why}" for why in kept.unsettled]
 
 
 def _judge_times(bundle: Artifact, kept: Baseline, backend: str, config: GateConfig, record: Record) -> None:
     record |= {"way": "baseline", OLD: Latency(kept.times_s).to_json()}
-    if kept.unsettled:
-        record |= {"verdict": "unstable", "reasons": [f"when the baseline was saved, {why}" for why in kept.unsettled]}
+    if reasons := _unsettled(kept):
+        record |= {"verdict": "unstable", "reasons": reasons}
         return
     found: list[Chunk] = []
     with ExitStack() as stack:
         try:
             record |= hold_against(frame(stack, bundle, backend), kept.times_s, config, found).to_json()
         finally:
-            record |= _facts(found, (NEW,))
+            record |= _facts(found, settled_half(found, config))
 
 
 def _each(
     backends: Iterable[str], judged: Callable[[str, Record], None], out: Path, what: Record, config: GateConfig
 ) -> Record:
-    """Judge one backend after the other; what is known is written to ``out`` each time.
+    """Judge one backend after the other; what is known is written to ``out`` each time, if that can be.
 
     Returns:
         ``verdict`` (the gravest), ``exit_code``, ``max_slowdown`` and ``backends``: of each its ``verdict``, its
         ``reasons`` and, as far as it was measured, ``way`` (``a/b``, ``baseline`` or ``save``), ``slowdown``,
-        ``interval``, the times ``old`` and ``new`` with raw values, ``others``, ``throttling`` and ``machine``.
+        ``interval``, the judged times ``old`` and ``new`` with raw values in so many ``rounds``, those measured
+        ``before_s``, ``others``, ``throttling``, ``machine``, and ``old_against_stored`` (the old bundle's verdict).
     """
     bundle: Artifact = what["bundle"]
     result: Record = {**what, "bundle": str(bundle.path), "digest": bundle.digest, "max_slowdown": config.max_slowdown}
@@ -216,7 +243,7 @@ def _each(
         records.append(record)
         verdict = gate.worst(one["verdict"] for one in records)
         result |= {"verdict": verdict, "exit_code": gate.EXIT_CODES[verdict], "backends": records}
-        artifact.write_text(out, json.dumps(result, indent=1))
+        artifact.keep_text(out, json.dumps(result, indent=1))
     return result
 
 
@@ -227,13 +254,18 @@ def frame(stack: ExitStack, bundle: Artifact, backend: str) -> Call:
     return partial(pipe.render, pipe.prepare(source), pose)
 
 
-def _facts(found: Sequence[Chunk], names: Iterable[str]) -> Record:
-    """What was measured, as far as it got."""
+def _facts(found: Sequence[Chunk], judged: Sequence[Chunk]) -> Record:
+    """What was measured, as far as it got: the judged rounds, which are the last, and the raw times before them."""
     if not found:
         return {}
-    times = {name: Latency(tuple(rounds.joined(found, name))).to_json() for name in names}
-    throttling = sorted({word for chunk in found for word in chunk.throttling})
-    return {**times, "others": rounds.busy_share(found), "throttling": throttling}
+    names, before = list(found[0].times_s), found[: len(found) - len(judged)]
+    return {
+        **{name: Latency(tuple(rounds.joined(judged, name))).to_json() for name in names},
+        "rounds": len(judged) * rounds.CHUNK_ROUNDS,
+        "before_s": {name: rounds.joined(before, name) for name in names},
+        "others": rounds.busy_share(judged),
+        "throttling": sorted({word for chunk in found for word in chunk.throttling}),
+    }
 
 
 def _versions(bundle: Artifact, backend: str) -> Mapping[str, str]:

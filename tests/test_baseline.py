@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rpfm_edge import api, baseline, measure
+from rpfm_edge import api, artifact, baseline, measure
 from rpfm_edge.artifact import Artifact, json_digest, load
 from rpfm_edge.baseline import Baseline, find, fingerprint, kept_bundle, save
 from rpfm_edge.bundle import add_evidence
@@ -68,6 +68,28 @@ def test_copies_that_no_baseline_names_are_removed(tmp_path: Path, bundle: Artif
     assert [copy.name for copy in (tmp_path / "bundles").iterdir()] == [bundle.digest[:16]]
 
 
+def test_two_saves_at_once_keep_both_copies(
+    tmp_path: Path, bundle: Artifact, kept: Baseline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = shutil.copytree(bundle.path, tmp_path / "other")
+    artifact.seal(path, "bundle", {**bundle.config, "precision": "fp16"}, bundle.signatures, bundle.lineage)
+    other = load(path, "bundle")
+    folder, second, write = tmp_path / "kept", replace(kept, name="second", digest=other.digest), artifact.write_text
+
+    def interrupted(path: Path, text: str) -> None:
+        monkeypatch.setattr(artifact, "write_text", write)
+        save(folder, second, other)  # the other process, in the middle of the first one's
+        write(path, text)
+
+    monkeypatch.setattr(artifact, "write_text", interrupted)
+    save(folder, kept, bundle)
+    assert second.digest != kept.digest
+    for baseline_of in (kept, second):
+        copy = kept_bundle(folder, baseline_of)
+        assert copy is not None
+        assert copy.digest == baseline_of.digest
+
+
 def test_a_copy_that_was_altered_is_not_used(tmp_path: Path, bundle: Artifact, kept: Baseline) -> None:
     save(tmp_path, kept, bundle)
     copy = kept_bundle(tmp_path, kept)
@@ -83,8 +105,8 @@ def test_a_copy_that_was_altered_is_not_used(tmp_path: Path, bundle: Artifact, k
 def test_evidence_does_not_make_another_bundle(tmp_path: Path, bundle: Artifact, kept: Baseline) -> None:
     mine = tmp_path / "mine"
     shutil.copytree(bundle.path, mine)
-    with_evidence = add_evidence(load(mine, "bundle"), "speed", {"backends": []})
-    save(tmp_path / "kept", kept, with_evidence)
+    add_evidence(load(mine), "speed", {"backends": []})
+    save(tmp_path / "kept", kept, load(mine, "bundle"))
     copy = kept_bundle(tmp_path / "kept", kept)
     assert copy is not None
     assert copy.digest == bundle.digest
@@ -96,7 +118,7 @@ def signed(content: dict[str, object]) -> str:
 
 def test_a_damaged_file_is_refused(tmp_path: Path, bundle: Artifact, kept: Baseline) -> None:
     path = save(tmp_path, kept, bundle)
-    whole, content = path.read_text(), {"format": 1, **json.loads(json.dumps(asdict(kept)))}
+    whole, content = path.read_text(), {"format": 2, **json.loads(json.dumps(asdict(kept)))}
     assert signed(content) == json.dumps(json.loads(whole))
     damages = {
         "cut short": whole[: len(whole) // 2],
@@ -104,7 +126,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, bundle: Artifact, kept: Basel
         "another value": whole.replace("0.01", "0.09"),
         "no object": "[]",
         "no digest": "{}",
-        "another format": signed({**content, "format": 2}),
+        "another format": signed({**content, "format": 1}),
         "no times": signed({**content, "times_s": []}),
         "times below zero": signed({**content, "times_s": [0.1, -1]}),
         "times of text": signed({**content, "times_s": "fast"}),

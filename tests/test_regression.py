@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rpfm_edge import api, artifact, baseline, cli, device_state, regression, rounds
+import runtimes
+from rpfm_edge import api, artifact, baseline, cli, device_state, gate_table, regression, rounds
 from rpfm_edge.artifact import Artifact
 from rpfm_edge.errors import BackendError, ConfigError
 from rpfm_edge.pipeline import Pipeline
@@ -53,7 +56,39 @@ def test_turns_cancel_the_drift_of_the_machine(monkeypatch: pytest.MonkeyPatch, 
     judged = compare(calls, CONFIG, found)
     assert judged.verdict == verdict
     assert judged.slowdown == pytest.approx(slower - 1, abs=0.01)
-    assert len(rounds.joined(found, OLD)) == len(rounds.joined(found, NEW)) >= 50
+    assert len(rounds.joined(found, OLD)) == len(rounds.joined(found, NEW)) >= 2 * 50
+
+
+def at_times_twice(machine: Machine, slow: Callable[[int], bool]) -> Callable[[], None]:
+    """A frame of 10 ms, of which the k-th takes 20 where ``slow(k)``."""
+    frames, quick, double = itertools.count(), machine.call(0.01), machine.call(0.02)
+    return lambda: (double if slow(next(frames)) else quick)()
+
+
+CHANCE = np.random.default_rng(1).random(10_000)
+SLOW_FRAMES: dict[str, Callable[[int], bool]] = {
+    "every second": lambda k: k % 2 == 0,
+    "3 of 5": lambda k: k % 5 < 3,
+    "6 of 10 by chance": lambda k: bool(CHANCE[k % CHANCE.size] < 0.6),
+}
+
+
+@pytest.mark.parametrize("kind", SLOW_FRAMES)
+def test_half_of_the_frames_twice_as_slow_is_no_pass(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    machine = Machine(monkeypatch)
+    new, stored = at_times_twice(machine, SLOW_FRAMES[kind]), [0.01 * (1 + 0.01 * np.sin(k)) for k in range(100)]
+    for judged in (
+        compare({OLD: machine.call(0.01), NEW: new}, replace(CONFIG, limit_s=20.0), []),
+        hold_against(new, stored, replace(CONFIG, limit_s=20.0), []),
+    ):
+        assert judged.slowdown > 0.3
+        assert judged.verdict == "regression" or (kind == "every second" and judged.verdict == "unstable")
+
+
+def test_three_of_ten_frames_twice_as_slow_leave_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+    judged = compare({OLD: machine.call(0.01), NEW: at_times_twice(machine, lambda k: k % 10 < 3)}, CONFIG, [])
+    assert (judged.verdict, judged.slowdown) == ("pass", pytest.approx(0.0, abs=0.03))
 
 
 def test_against_stored_times_drift_is_unstable_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +108,7 @@ def test_a_machine_may_take_a_while_to_settle(monkeypatch: pytest.MonkeyPatch) -
     judged = hold_against(call, [0.01 * (1 + 0.01 * np.sin(k)) for k in range(50)], CONFIG, found)
     assert judged.verdict == "pass"
     assert 5 < machine.now_s < 30
-    assert len(rounds.joined(found, NEW)) > len(rounds.joined(regression.newest_half(found, CONFIG), NEW)) >= 50
+    assert len(rounds.joined(found, NEW)) > len(rounds.joined(regression.newest_half(found, CONFIG), NEW)) >= 2 * 50
 
 
 def test_a_busy_machine_is_not_compared_with_another_day(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +126,7 @@ def test_throttling_fails_the_window_until_it_is_over(monkeypatch: pytest.Monkey
     judged = compare({OLD: machine.call(0.01), NEW: machine.call(0.01)}, CONFIG, found)
     assert judged.verdict == "pass"
     assert found[0].throttling == ("GPU: hot",)
-    assert len(rounds.joined(rounds.undisturbed(found), NEW)) >= 50
+    assert len(rounds.joined(rounds.undisturbed(found), NEW)) >= 2 * 50
     monkeypatch.setattr(device_state, "throttling", lambda a, b: ["GPU: hot"])
     judged = compare({OLD: machine.call(0.01), NEW: machine.call(0.01)}, replace(CONFIG, limit_s=5.0), [])
     assert judged.verdict == "unstable"
@@ -116,11 +151,20 @@ def test_rounds_before_a_failure_are_kept(monkeypatch: pytest.MonkeyPatch) -> No
 
     with pytest.raises(RuntimeError, match="gone"):
         settle(call, CONFIG, found)
-    assert len(rounds.joined(found, NEW)) >= 10
+    assert len(rounds.joined(found, NEW)) >= 2 * 10
 
 
 @pytest.mark.parametrize(
-    "change", [{"rounds": 9}, {"rounds": 0}, {"limit_s": 0.0}, {"limit_s": float("nan")}, {"max_slowdown": 0.0}]
+    "change",
+    [
+        {"rounds": 9},
+        {"rounds": 0},
+        {"limit_s": 0.0},
+        {"limit_s": 2.0},  # below the 3 s that are measured at least
+        {"limit_s": float("nan")},
+        {"seconds": float("nan")},
+        {"max_slowdown": 0.0},
+    ],
 )
 def test_numbers_that_cannot_be(change: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
@@ -134,13 +178,13 @@ Call = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def bundles(tiny_student: Artifact, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """``new`` has one step for two backends, ``old`` is another graph of the same student with twelve."""
+    """``new`` has one step for two backends, ``old`` is another graph of the same student with eight."""
     folder = tmp_path_factory.mktemp("gate")
     graphs = {
-        steps: api.quantize(tiny_student.path, "sample", folder / f"{steps}", "fp32", steps).path for steps in (1, 12)
+        steps: api.quantize(tiny_student.path, "sample", folder / f"{steps}", "fp32", steps).path for steps in (1, 8)
     }
     new = api.build(graphs[1], folder / "new", ["onnxruntime", "openvino"]).path
-    return {"new": new, "old": api.build(graphs[12], folder / "old", "onnxruntime").path}
+    return {"new": new, "old": api.build(graphs[8], folder / "old", "onnxruntime").path}
 
 
 @pytest.fixture
@@ -177,13 +221,13 @@ def test_a_baseline_of_another_bundle_runs_in_the_same_rounds(
     pick = ("--backend", "onnxruntime", *QUICK)
     code, out, _ = call(bundles["new"], "--save", "main", *pick)
     assert (code, "saved" in out) == (0, True)
-    code, out, _ = call(bundles["old"], "--gate", "main", *pick, "--max-slowdown", "20%", "--json")  # twelve steps
+    code, out, _ = call(bundles["old"], "--gate", "main", *pick, "--max-slowdown", "20%", "--json")  # eight steps
     found = json.loads(out.splitlines()[-1])
     assert (code, found["exit_code"], found["verdict"]) == (1, 1, "regression")
     (record,) = found["backends"]
     assert record["way"] == "a/b"
     assert record["slowdown"] > 0.2
-    assert len(record["old"]["values_s"]) == len(record["new"]["values_s"]) >= 20
+    assert len(record["old"]["values_s"]) == len(record["new"]["values_s"]) == 2 * record["rounds"] >= 2 * 20
     old, new = (np.asarray(record[side]["values_s"]) for side in ("old", "new"))
     assert record["slowdown"] == pytest.approx(np.median(new / old) - 1, rel=0.01)
     assert (
@@ -205,7 +249,61 @@ def test_the_same_bundle_is_held_against_the_stored_times(
     assert (code, record["verdict"]) == ((1, "regression") if record["slowdown"] > 0.99 else (0, "pass"))
 
 
-def test_a_frame_of_twelve_steps_is_slower_than_one_of_one(
+def test_what_slows_both_bundles_is_found(
+    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    machine = Machine(monkeypatch)
+    monkeypatch.setattr(regression, "frame", lambda stack, bundle, backend: machine.call(0.01))
+    old, new = (artifact.load(bundles[name], "bundle") for name in ("old", "new"))
+
+    def judged() -> dict[str, Any]:
+        (record,) = regression.run_gate(new, ["onnxruntime"], "main", tmp_path, CONFIG)["backends"]
+        assert record["way"] == "a/b"
+        assert record["slowdown"] == pytest.approx(0, abs=0.01)
+        return dict(record)
+
+    regression.run_save(old, ["onnxruntime"], "main", tmp_path, CONFIG)
+    record = judged()
+    assert (record["verdict"], record["reasons"]) == ("pass", [])
+    machine.speed = 1.1
+    record = judged()
+    assert record["verdict"] == "regression"
+    assert record["reasons"][0].endswith("than when it was saved: rpfm-edge or the machine is slower, not the bundle")
+    assert record["old_against_stored"]["slowdown"] == pytest.approx(0.1, abs=0.01)
+    monkeypatch.setattr(rounds._Cores, "others", lambda start: 0.4)
+    record = judged()
+    assert record["verdict"] == "pass"
+    assert record["reasons"] == [
+        "not told whether rpfm-edge itself became slower: other programs used 40% of the cores"
+    ]
+    regression.run_save(old, ["onnxruntime"], "main", tmp_path, replace(CONFIG, limit_s=2.0))
+    monkeypatch.setattr(rounds._Cores, "others", lambda start: 0.0)
+    assert "when the baseline was saved, other programs used 40%" in judged()["reasons"][0]
+
+
+def test_the_times_beside_a_verdict_are_the_judged_ones(
+    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine = Machine(monkeypatch)
+    quick, slow, until = machine.call(0.01), machine.call(0.015), [0.0]
+    call = lambda: (slow if machine.now_s < until[0] else quick)()  # noqa: E731
+    monkeypatch.setattr(regression, "frame", lambda stack, bundle, backend: call)
+    given = (artifact.load(bundles["new"], "bundle"), ["onnxruntime"], "main", tmp_path, replace(CONFIG, seconds=7.0))
+    regression.run_save(*given)
+    until[0] = machine.now_s + 4
+    result = regression.run_gate(*given)
+    (record,) = result["backends"]
+    assert record["verdict"] == "pass"
+    assert record["new"]["p50_s"] / record["old"]["p50_s"] - 1 == pytest.approx(record["slowdown"], abs=1e-3)
+    assert max(record["new"]["values_s"]) < 0.012 < max(record["before_s"]["new"])
+    assert len(record["new"]["values_s"]) == 2 * record["rounds"] < len(record["before_s"]["new"]) + 20
+    gate_table.render(result)
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("onnxruntime"))
+    assert row.split()[1:3] == [f"{1e3 * record[side]['p50_s']:.2f}" for side in ("old", "new")]
+    assert row.split()[-2] == str(record["rounds"])
+
+
+def test_a_frame_of_eight_steps_is_slower_than_one_of_one(
     call: Call, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calm(monkeypatch)
@@ -222,6 +320,7 @@ def test_unsettled_times_are_exit_4(call: Call, bundles: dict[str, Path], monkey
     assert (code, "the ratio of the two did not settle" in out) == (4, True)
     code, out, _ = call(bundles["new"], "--save", "main", *pick)
     assert (code, "the times did not settle" in out) == (0, True)
+    assert "warning: the gate cannot hold the same bundle against these times; save again" in out
     code, out, _ = call(bundles["new"], "--gate", "main", *pick)
     assert (code, "when the baseline was saved, the times did not settle" in out) == (4, True)
 
@@ -267,8 +366,28 @@ def test_one_backend_that_fails_does_not_lose_the_other(
     records = {record["backend"]: record for record in json.loads(out.splitlines()[-1])["backends"]}
     assert (code, records["openvino"]["verdict"], records["onnxruntime"]["verdict"]) == (2, "error", "pass")
     assert "the device is gone" in out
-    assert records["openvino"]["new"]["runs"] == 10  # what it had measured by then
+    assert (records["openvino"]["rounds"], records["openvino"]["new"]["runs"]) == (10, 20)  # measured by then
     assert len(list((tmp_path / ".rpfm-edge/baselines").glob("main-*.json"))) == 1
+
+
+def test_an_engine_whose_library_is_not_here_is_skipped(
+    call: Call, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It is said, and does not decide; a gate with nothing left to judge is an error."""
+    calm(monkeypatch)
+    find, missing = runtimes.find_spec, {"openvino"}
+    monkeypatch.setattr(runtimes, "find_spec", lambda name: None if name in missing else find(name))
+    quick = (*QUICK, "--max-slowdown", "99%", "--json")
+    for way in (("--save", "main"), ("--gate", "main"), ("--against", bundles["new"])):
+        code, out, _ = call(bundles["new"], *way, *quick)
+        result = json.loads(out.splitlines()[-1])
+        assert (code, [record["backend"] for record in result["backends"]]) == (0, ["onnxruntime"]), way
+        assert list(result["skipped"]) == ["openvino"]
+        assert "openvino skipped: backend openvino is not installed" in out
+    assert call(bundles["new"], "--gate", "main", "--backend", "openvino", *quick)[0] == 2
+    missing.add("onnxruntime")
+    code, _, err = call(bundles["new"], "--gate", "main", *quick)
+    assert (code, "onnxruntime is not installed" in err) == (2, True)
 
 
 def test_plain_bench_keeps_what_was_measured_before_a_failure(
@@ -294,8 +413,11 @@ def test_plain_bench_keeps_what_was_measured_before_a_failure(
 FAULTS: dict[str, tuple[Sequence[Any], str]] = {
     "two at once": (("--gate", "a", "--save", "b"), "--save and --gate at once"),
     "no share": (("--gate", "a", "--max-slowdown", "5"), "a slowdown of 5 as the limit"),
-    "no rounds": (("--gate", "a", "--runs", 0), "0 rounds within 120 s"),
-    "no time": (("--gate", "a", "--limit", 0), "rounds within 0 s"),
+    "no rounds": (("--gate", "a", "--runs", 0), "0 rounds and 3 s within 120 s"),
+    "no time": (
+        ("--gate", "a", "--limit", 2),
+        "50 rounds and 3 s within 2 s: expected at least 10 rounds, and seconds from 0",
+    ),
     "no name": (("--save", "a/b"), "baseline name 'a/b'"),
     "no bundle": (("--against", "absent"), "absent is no artifact"),
     "no engine": (("--gate", "a", "--backend", "tensorflow"), "unknown backend 'tensorflow'"),
@@ -335,3 +457,18 @@ def test_the_pytest_option_fails_on_whatever_is_no_pass(bundles: dict[str, Path]
     ended = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 1, ended
     assert f"no baseline: {tmp_path} has no baseline main for onnxruntime" in ended.stdout
+
+
+def test_the_pytest_option_fails_on_an_engine_of_the_bundle_that_cannot_run(
+    bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "openvino.py").write_text("raise ImportError('not installed')\n")
+    command = [sys.executable, "-m", "pytest", "benchmarks/test_gate.py", "--bundle", str(bundles["new"])]
+    options = ["--gate", "main", "-k", "openvino", "--baselines", str(tmp_path / "kept"), "-p", "no:cacheprovider"]
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    ended = subprocess.run(
+        [*command, *options], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert ended.returncode == 1, ended
+    assert "1 failed" in ended.stdout
+    assert "openvino" in ended.stdout

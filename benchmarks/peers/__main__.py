@@ -13,10 +13,11 @@ from rich.console import Console
 
 from benchmarks.peers.loops import Subject
 from benchmarks.peers.rounds import measure_peers
-from benchmarks.peers.table import markdown, picture, put_between, rich_table, verdicts
+from benchmarks.peers.table import BEGIN, END, markdown, picture, rich_table, verdicts
 from rpfm_edge import api, artifact
 from rpfm_edge.data import has_split
 from rpfm_edge.errors import RpfmError
+from rpfm_edge.frontier_table import put_between
 from rpfm_edge.splits import open_splits
 
 PEOPLE = Path(__file__).parents[2].parent / "shared" / "people"
@@ -60,7 +61,7 @@ def main() -> int:
     given, console = arguments(), Console(highlight=False, width=140)
     try:
         if given.readme:
-            put_between(given.readme.read_text(encoding="utf-8"), "")  # before anything slow
+            put_between(given.readme.read_text(encoding="utf-8"), "", BEGIN, END)  # before anything slow
         with ExitStack() as stack, TemporaryDirectory() as cache:
             bundles = make_bundles(given.student, given.data, given.steps, given.threads, given.out / "work")
             size = tuple(artifact.load(bundles["fp32"], "bundle").config["size"])
@@ -74,7 +75,8 @@ def main() -> int:
         if any("frame" in row for row in result["rows"]):
             artifact.write_bytes(given.out / "peers.png", picture(result))
         if given.readme:
-            artifact.write_text(given.readme, put_between(given.readme.read_text(encoding="utf-8"), markdown(result)))
+            text = given.readme.read_text(encoding="utf-8")
+            artifact.write_text(given.readme, put_between(text, markdown(result), BEGIN, END))
     except (RpfmError, OSError) as error:
         console.print(f"error: {error}", style="red", markup=False)
         return 2

@@ -10,7 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from rpfm_edge.charts import bars_png
-from rpfm_edge.errors import ConfigError
+from rpfm_edge.gate import resampled_medians
 from rpfm_edge.report import format_number
 
 BEGIN, END = "<!-- peers:begin -->", "<!-- peers:end -->"
@@ -18,7 +18,6 @@ COLUMNS = ("Loop", "Frames per second", "p50 (ms)", "p95 (ms)", "Without pose dr
 OWN, OURS = "OpenVINO's own loop", "rpfm-edge, OpenVINO"
 DIFFUSERS, FIRST = "diffusers pipeline FP32, source kept", f"{OURS} INT8"
 OVERHEAD, SPEEDUP = 1.05, 2.0  # at most, at least
-DRAWS = 2000  # of the bootstrap
 Row = Mapping[str, Any]
 
 
@@ -28,10 +27,9 @@ def ratio(rows: Mapping[str, Row], name: str, to: str, what: str = "frame", to_w
 
 
 def interval(rows: Mapping[str, Row], name: str, to: str) -> tuple[float, float]:
-    """95 % bootstrap interval of ``ratio`` over the rounds."""
+    """95 % interval of ``ratio``, by the gate's bootstrap: in blocks, since successive rounds resemble each other."""
     ratios = np.divide(rows[name]["frame"]["values_s"], rows[to]["frame"]["values_s"])
-    drawn = np.random.default_rng(0).choice(ratios, (DRAWS, len(ratios)))
-    low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
+    low, high = np.percentile(resampled_medians(ratios, 0), [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -94,13 +92,6 @@ def markdown(result: Mapping[str, Any]) -> str:
     met = [f"- {text}: {'met' if yes else '**missed**'}" for text, yes in verdicts(result).items()]
     lines = [fill(caption(result), 120), "", *table, "", *(met or ["- no target was measured"])]
     return "\n".join([*lines, *(["", "Not run:", "", *reasons] if reasons else [])]) + "\n"
-
-
-def put_between(text: str, table: str) -> str:
-    """``text`` with what stands between ``BEGIN`` and ``END`` replaced; ``ConfigError`` unless both are there once."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ConfigError("the text has no place for the peers", expected=f"{BEGIN} and {END}", fix="add the two lines")
-    return text[: text.index(BEGIN)] + f"{BEGIN}\n\n{table.strip()}\n\n" + text[text.index(END) :]
 
 
 def rich_table(result: Mapping[str, Any]) -> Table:

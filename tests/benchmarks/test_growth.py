@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 
+from benchmarks import growth
 from benchmarks.growth import Case, abscissa, axes, exponent, make_graph
 from distill.rpfm import PRESETS, RPFMConfig
 
@@ -44,3 +49,30 @@ def test_exponents() -> None:
     points = [{"x": x, "frame_s": 3 * x**1.5} for x in (1, 2, 4, 8)]
     assert exponent(points) == pytest.approx(1.5)
     assert exponent(points[:1]) is None
+
+
+def test_curves_of_another_machine_are_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured, machine = (
+        [],
+        {"cpu": "A", "usable_cores": 2, "versions": {"openvino": "1"}, "jetson": {"temperatures": 4}},
+    )
+
+    def curve(preset: str, axis: str, cases: Sequence[Case], rounds: int, out: Path) -> dict[str, Any]:
+        measured.append(axis)
+        points = [{"x": abscissa(axis, c), "flops": 1e9, "call": {"p50_s": 0.1}, "frame_s": 0.1} for c in cases]
+        return {"points": points, "exponent": None}
+
+    monkeypatch.setattr(growth, "measure_axis", curve)
+    monkeypatch.setattr(growth.measure, "where", lambda versions: machine)
+    monkeypatch.setattr(sys, "argv", ["growth", "--out", str(tmp_path)])
+    growth.main()
+    assert measured == ["size", "steps", "batch", "threads"]
+    machine["jetson"] = {"temperatures": 5}
+    growth.main()
+    assert len(measured) == 4
+    for change in ({"cpu": "B"}, {"versions": {"openvino": "2"}}, {"jetson": {"power_mode": "15W"}}):
+        machine |= change
+        measured.clear()
+        growth.main()
+        assert len(measured) == 4, change
+        assert json.loads((tmp_path / "growth.json").read_text())["machine"] == machine

@@ -13,10 +13,11 @@ import pytest
 from benchmarks.conftest import cases
 from benchmarks.peers import loops
 from benchmarks.peers.loops import Subject
-from benchmarks.peers.table import BEGIN, END, markdown, picture, put_between, verdicts
+from benchmarks.peers.table import BEGIN, END, interval, markdown, picture, verdicts
 from rpfm_edge import api, device_state
 from rpfm_edge.artifact import Artifact
 from rpfm_edge.errors import BackendError, ConfigError
+from rpfm_edge.frontier_table import put_between
 from rpfm_edge.pipeline import Pipeline
 from rpfm_edge.pose import draw_skeleton
 from rpfm_edge.splits import open_splits
@@ -97,14 +98,26 @@ def test_targets(result: dict[str, Any]) -> None:
     assert verdicts({"rows": []}) == {}
 
 
+def test_the_interval_holds_the_truth_though_successive_rounds_resemble_each_other() -> None:
+    held = 0
+    for seed in range(100):
+        noise, values = np.random.default_rng(seed).standard_normal(60), np.zeros(60)
+        for k in range(1, 60):
+            values[k] = 0.7 * values[k - 1] + noise[k]
+        rows = {"a": row("a", np.exp(0.02 * values).tolist()), "b": row("b", [1.0] * 60)}
+        low, high = interval(rows, "a", "b")
+        held += low <= 1 <= high
+    assert held >= 78  # drawn one by one it is two in three
+
+
 def test_table(result: dict[str, Any]) -> None:
     text = markdown(result)
     assert "| rpfm-edge, OpenVINO INT8 | 96.2 | 10.4 | 102 | 10.6 | 1.00 |" in text
     assert "| teacher, 25 steps, torch FP32 | 1.00 | 1,000 | 1,000 | – | 50 |" in text
     assert "- torch, CUDA graph, on the GPU: torch finds no CUDA device" in text
-    assert put_between(f"a\n{BEGIN}\nold\n{END}\nb\n", "new") == f"a\n{BEGIN}\n\nnew\n\n{END}\nb\n"
-    with pytest.raises(ConfigError, match="no place for the peers"):
-        put_between("a", "new")
+    assert put_between(f"a\n{BEGIN}\nold\n{END}\nb\n", "new", BEGIN, END) == f"a\n{BEGIN}\n\nnew\n\n{END}\nb\n"
+    with pytest.raises(ConfigError, match="no place for the table: expected one line <!-- peers:begin -->"):
+        put_between("a", "new", BEGIN, END)
     assert picture(result).startswith(b"\x89PNG")
 
 
