@@ -13,11 +13,12 @@ import struct
 import threading
 import time
 from pathlib import Path
+from ssl import SSLCertVerificationError
 from typing import Any
 
 import cv2
 import numpy as np
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, WebSocketException
 from websockets.sync.client import connect
 
 
@@ -45,9 +46,10 @@ def unpack(message: bytes) -> tuple[dict[str, Any], np.ndarray]:
     return json.loads(message[4 : 4 + length]), np.asarray(image)
 
 
-def receive(socket: Any, end_s: float, sent: dict[int, float]) -> tuple[np.ndarray | None, list[float]]:
-    """Take and answer frames until ``end_s``: the last image, and the ms from each pose sent to its image."""
-    image, ages = None, list[float]()
+def receive(socket: Any, end_s: float, sent: dict[int, float]) -> tuple[np.ndarray | None, list[float], int]:
+    """Take and answer frames until ``end_s``: the last image, the ms from each of our poses to the image that was
+    rendered of it, and how often the last image came again, because the pose had not moved."""
+    image, ages, again, said = None, list[float](), 0, set[str]()
     while (left := end_s - time.perf_counter()) > 0:
         try:
             message = socket.recv(timeout=left)
@@ -59,10 +61,12 @@ def receive(socket: Any, end_s: float, sent: dict[int, float]) -> tuple[np.ndarr
             stamps = {"id": header["id"], "frame": header["frame"], "t_ms": now_ms(), "received_ms": received}
             socket.send(json.dumps({"v": 1, "type": "shown", **stamps}))
             if "pose" not in header:  # it is of our own pose
-                ages.append(stamps["t_ms"] - sent[header["id"]])
-        elif (told := json.loads(message))["type"] == "error":
+                again += header["reused"]
+                ages += [] if header["reused"] else [stamps["t_ms"] - sent[header["id"]]]
+        elif (told := json.loads(message))["type"] == "error" and told["message"] not in said:
+            said.add(told["message"])
             print(told["message"])
-    return image, ages
+    return image, ages, again
 
 
 def main() -> None:
@@ -75,16 +79,25 @@ def main() -> None:
     given = parser.parse_args()
     poses, sent = json.loads(given.poses.read_text()), dict[int, float]()
     poses = poses if isinstance(poses, list) else [poses]
-    with connect(given.address, max_size=2**24, compression=None) as socket:
-        threading.Thread(target=send_poses, args=(socket, poses, given.fps, sent), daemon=True).start()
-        image, ages = receive(socket, time.perf_counter() + given.seconds, sent)
-    if not ages:
+    try:
+        with connect(given.address, max_size=2**24, compression=None) as socket:
+            socket.send(json.dumps({"v": 1, "type": "options", "source_of_poses": "client"}))  # not the server's motion
+            threading.Thread(target=send_poses, args=(socket, poses, given.fps, sent), daemon=True).start()
+            image, ages, again = receive(socket, time.perf_counter() + given.seconds, sent)
+    except SSLCertVerificationError as error:
+        raise SystemExit(f"{error.verify_message}: for one of your own, set SSL_CERT_FILE=cert.pem") from None
+    except (OSError, WebSocketException) as error:  # nobody there, no token or a wrong one, too many clients
+        raise SystemExit(f"no connection: {error}") from None
+    if not ages and not again:
         raise SystemExit("no frame came")
     if given.out:
         cv2.imwrite(str(given.out), np.asarray(image))
-    p50, p95 = np.percentile(ages, [50, 95])
-    rate = len(ages) / given.seconds
-    print(f"{rate:.1f} frames per second; from pose to image {p50:.1f} ms (p50), {p95:.1f} ms (p95)")
+    if ages:
+        p50, p95 = np.percentile(ages, [50, 95])
+        rate = len(ages) / given.seconds
+        print(f"{rate:.1f} frames per second; from pose to image {p50:.1f} ms (p50), {p95:.1f} ms (p95)")
+    if again:
+        print(f"{again} times the last image again, as the pose had not moved: not counted above")
 
 
 if __name__ == "__main__":

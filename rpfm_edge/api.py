@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -18,10 +17,11 @@ from rpfm_edge.bench import stages as stages  # of this module, too
 from rpfm_edge.bench import sustained as sustained
 from rpfm_edge.bundle import add_evidence, read_evidence
 from rpfm_edge.bundle import build as _build
-from rpfm_edge.errors import BackendError, ConfigError
+from rpfm_edge.errors import ConfigError
 from rpfm_edge.flow import guidance_scale
 from rpfm_edge.image import save_png
-from rpfm_edge.metrics import Budget
+from rpfm_edge.measure import check_seconds
+from rpfm_edge.metrics import Budget, missing_extra
 from rpfm_edge.pipeline import Pipeline, require_engine
 from rpfm_edge.pose import read_pose
 from rpfm_edge.precisions import CALIBRATED, Precision
@@ -35,7 +35,8 @@ from rpfm_edge.validate import validate as _validate
 def doctor(precision: str | None = None) -> dict[str, Any]:
     """What is installed, which backends work, what to do about those that do not.
 
-    ``precision`` is the one that an engine is to be built in, such as ``"fp8"``: the advice says if the GPU has none.
+    ``precision`` is the one that an engine is to be built in, such as ``"fp8"``: on a Jetson, the advice says if its
+    GPU has none.
     """
     return _doctor.diagnose(precision)
 
@@ -54,6 +55,7 @@ def train(config: str | Path, data: str | Path, out: str | Path, **changes: Any)
     recipe = parse(commands.TrainRecipe, {**table, **_given(changes)}, text)
     commands.preset(recipe.preset)  # what is wrong is said now, not after the autoencoder's training
     guidance_scale(0.0, recipe.guidance_scale, recipe.guidance_schedule)
+    artifact.require_free(out, "teacher")
     splits = open_splits(data)
     made: Artifact = commands.train(recipe, splits.training, Path(out), splits.validation)
     return made
@@ -67,8 +69,10 @@ def distill(teacher: str | Path, data: str | Path, out: str | Path, **changes: A
         changes: fields of ``distill.commands.DistillRecipe`` (method, steps, seconds, …), with "qad" of ``QadRecipe``
             (precision, steps, seconds, …); None is no change.
     """
+    artifact.require_free(out, "student")
     commands, given = _distill_commands(), _given(changes)
     made: Artifact
+    _check_idle(commands, given)
     if given.get("method") == "qad":
         del given["method"]
         qad = parse(commands.QadRecipe, given, "distill by qad")
@@ -79,9 +83,22 @@ def distill(teacher: str | Path, data: str | Path, out: str | Path, **changes: A
     return made
 
 
+def _check_idle(commands: Any, given: Mapping[str, Any]) -> None:
+    """Refuse what only the other way to distill knows."""
+    by_qad = given.get("method") == "qad"
+    qad, others = ({field.name for field in fields(one)} for one in (commands.QadRecipe, commands.DistillRecipe))
+    idle = [name for name in given if name != "method" and name in (others - qad if by_qad else qad - others)]
+    if idle:
+        raise ConfigError(
+            f"{idle[0]} is {'no option' if by_qad else 'an option'} of the method qad",
+            expected="another method" if by_qad else "that method",
+            fix=f"leave {idle[0]} out, or change the method",
+        )
+
+
 def quantize(
     student: str | Path,
-    data: str | Path,
+    data: str | Path | None,
     out: str | Path,
     precision: str = "int8",
     steps: int | None = None,
@@ -94,7 +111,8 @@ def quantize(
     """Export a student (or take a float graph) and write the graph in ``precision``, one of ``PRECISIONS``.
 
     Args:
-        samples: how many calibration samples are drawn from the training identities of ``data`` (int8, fp8, nvfp4).
+        data: only int8, fp8 and nvfp4 need it; None for the others.
+        samples: how many calibration samples are drawn from the training identities of ``data``.
         method: of int8. "ptq" calibrates; "sweep" tries estimators of ranges and SmoothQuant first, keeps what it
             measured in ``out.work``, continues from there, and writes it into the lineage; "accuracy-control" leaves
             as many layers in float as ``least_psnr_db`` needs (default: ``quantize.methods.LEAST_PSNR_DB``).
@@ -102,22 +120,30 @@ def quantize(
     if precision not in PRECISIONS:
         raise ConfigError(f"unknown precision {precision!r}", expected=f"one of {PRECISIONS}", fix="check the spelling")
     check_method(method, least_psnr_db, precision)
+    if precision in CALIBRATED:
+        _check_data(data, precision)
+    artifact.require_free(out, "graph")
     source, out = assets.resolve(student), Path(out)
     kind = artifact.load(source, "student", "graph").kind
     _check_steps(steps, kind)
     if kind == "student" and precision == "fp32":
         return _export(source, out, steps)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        graph = _export(source, Path(scratch) / "graph", steps).path if kind == "student" else source
+    with artifact.scratch_folder(out) as scratch:
+        graph = _export(source, scratch / "graph", steps).path if kind == "student" else source
         return _quantize_graph(
-            graph, data, out, precision, {"count": samples, "seed": seed}, Path(scratch), (method, least_psnr_db)
+            graph, data, out, precision, {"count": samples, "seed": seed}, scratch, (method, least_psnr_db)
         )
+
+
+def _check_data(data: str | Path | None, precision: str) -> str | Path:
+    if data is None:
+        raise ConfigError(f"no data for precision {precision}", expected="a data set, or sample", fix="give --data")
+    return data
 
 
 def plan(
     student: str | Path,
-    data: str | Path,
+    data: str | Path | None,
     out: str | Path,
     target: str,
     budget: str | Path | Mapping[str, float] | None = None,
@@ -140,6 +166,7 @@ def plan(
     from rpfm_edge.candidates import PlanConfig
     from rpfm_edge.planner import BUDGET, plan_precision, work_folder
 
+    artifact.require_free(out, "graph")
     limits = _budget(budget) if budget else BUDGET
     source, out = assets.resolve(student), Path(out)
     kind = artifact.load(source, "student", "graph").kind
@@ -147,6 +174,7 @@ def plan(
     if not target or set(options or {}) - {target}:
         problem = f"options of {sorted(set(options) - {target})[0]!r}" if target and options else "no target"
         raise ConfigError(f"{problem} for precision auto", expected="one target, and its options", fix="give --target")
+    data = _check_data(data, "auto")
     config = PlanConfig(target, limits, options=dict((options or {}).get(target, {})), **_given(numbers))
     if kind == "student":
         stages, graph = Stages(work_folder(out)), work_folder(out) / "float"
@@ -175,7 +203,7 @@ def _export(student: Path, out: Path, steps: int | None) -> Artifact:
 
 def _quantize_graph(
     graph: Path,
-    data: str | Path,
+    data: str | Path | None,
     out: Path,
     precision: str,
     draw: Mapping[str, int],
@@ -188,7 +216,7 @@ def _quantize_graph(
     loaded, recorded, chosen = artifact.load(graph, "graph"), None, None
     if precision in CALIBRATED:
         recorded = scratch / "calibration.safetensors"
-        calibrate.record(loaded, open_splits(data).training, recorded, **draw)
+        calibrate.record(loaded, open_splits(_check_data(data, precision)).training, recorded, **draw)
         chosen = methods.choose(*way, loaded, recorded, out.with_name(out.name + ".work"))
     return apply.quantize(loaded, cast(Precision, precision), out, recorded, *(chosen or ()))
 
@@ -214,14 +242,18 @@ def validate(
 ) -> dict[str, Any]:
     """Drift of a bundle against its teacher and the ground truth on held-out pairs.
 
-    ``violations`` of the result lists what is over the budget.
+    ``violations`` of the result lists what is over the budget. The drift of all backends is kept in the bundle as
+    evidence ``drift``; that of one ``backend`` is not, so that it does not replace what is known of the others.
     """
     _require("torch", "distill")
     _require("skimage", "validate")
     loaded = artifact.load(assets.resolve(bundle), "bundle")
     backends = _backends(loaded, backend)
     limits = Budget.load(Path(budget)) if budget else Budget()
-    return _validate(loaded, against, open_splits(data).test, backends, pairs, limits, seed)
+    evidence = _validate(loaded, against, open_splits(data).test, backends, pairs, limits, seed)
+    if backend is None:
+        add_evidence(loaded, "drift", evidence)
+    return evidence
 
 
 def bench(bundle: str | Path, backend: str | None = None, runs: int = 50, seconds: float = 3.0) -> dict[str, Any]:
@@ -230,12 +262,13 @@ def bench(bundle: str | Path, backend: str | None = None, runs: int = 50, second
     A backend that fails does not end the others: its reason is in ``failures``. One whose library is not installed here
     is in ``skipped`` likewise, unless it was asked for. If none can be timed, the first error is raised.
     """
+    check_seconds(seconds)
     loaded = artifact.load(assets.resolve(bundle), "bundle")
     source, pose = sample_inputs(tuple(loaded.config["size"]))
-    skipped = {} if backend else _not_installed(loaded)
+    names, skipped = _installed(loaded, backend)
     evidence: dict[str, Any] = {"backends": []}
     failures: dict[str, Exception] = {}
-    for name in [backend] if backend else [name for name in loaded.config["backends"] if name not in skipped]:
+    for name in names:
         try:
             measured = bench_backend(loaded, name, source, pose, runs, seconds)
             evidence["backends"].append(measured)
@@ -245,8 +278,7 @@ def bench(bundle: str | Path, backend: str | None = None, runs: int = 50, second
         raise next(iter(failures.values()))
     if failures:
         evidence["failures"] = {name: str(error) for name, error in failures.items()}
-    if skipped:
-        evidence["skipped"] = skipped
+    evidence |= skipped
     if backend is None:
         add_evidence(loaded, "speed", evidence)
     return evidence
@@ -267,7 +299,8 @@ def gate(
         changes: fields of ``regression.GateConfig`` (max_slowdown, rounds, seconds, limit_s); None is no change.
 
     Returns:
-        ``verdict`` (pass, regression, error, no baseline or unstable), ``exit_code`` and ``backends``.
+        ``verdict`` (pass, regression, error, no baseline or unstable), ``exit_code``, ``backends``, and ``skipped``, as
+        in ``bench``, if any is.
     """
     if (name is None) == (against is None):
         raise ConfigError(
@@ -276,10 +309,11 @@ def gate(
             fix="give one of --gate and --against",
         )
     config, loaded = GateConfig(**_given(changes)), artifact.load(assets.resolve(bundle), "bundle")
-    backends = _backends(loaded, backend)
+    backends, skipped = _installed(loaded, backend)
     if name is not None:
-        return run_gate(loaded, backends, name, Path(baselines), config)
-    return run_against(loaded, backends, artifact.load(assets.resolve(str(against)), "bundle"), Path(baselines), config)
+        return run_gate(loaded, backends, name, Path(baselines), config) | skipped
+    other = artifact.load(assets.resolve(str(against)), "bundle")
+    return run_against(loaded, backends, other, Path(baselines), config) | skipped
 
 
 def save_baseline(
@@ -290,16 +324,19 @@ def save_baseline(
     Arguments and result are as in ``gate``.
     """
     config, loaded = GateConfig(**_given(changes)), artifact.load(assets.resolve(bundle), "bundle")
-    return run_save(loaded, _backends(loaded, backend), name, Path(baselines), config)
+    backends, skipped = _installed(loaded, backend)
+    return run_save(loaded, backends, name, Path(baselines), config) | skipped
 
 
-def _not_installed(bundle: Artifact) -> dict[str, str]:
-    """The backends of a bundle whose libraries are not here, with the reason; ``BackendError`` if that is all."""
-    names = list(bundle.config["backends"])
-    reasons = {name: reason for name in names if (reason := runtimes.why_not(name)) is not None}
-    if len(reasons) == len(names):
-        require_engine(bundle, names[0])
-    return reasons
+def _installed(bundle: Artifact, backend: str | None) -> tuple[list[str], dict[str, dict[str, str]]]:
+    """The one that was asked for, or the backends of a bundle whose libraries are here; and, if any is not, a record
+    ``skipped`` of the reasons. ``BackendError`` if none is left."""
+    names = [backend] if backend else list(bundle.config["backends"])
+    reasons = {} if backend else {name: why for name in names if (why := runtimes.why_not(name)) is not None}
+    usable = [name for name in names if name not in reasons]
+    for name in usable or names[:1]:
+        require_engine(bundle, name)
+    return usable, {"skipped": reasons} if reasons else {}
 
 
 def _backends(bundle: Artifact, backend: str | None) -> list[str]:
@@ -368,6 +405,8 @@ def frontier(
 
 def run(recipe: str | Path) -> dict[str, Any]:
     """Run a recipe from teacher to report; stages whose inputs and config did not change are not run again."""
+    for module in ("matplotlib", "jinja2"):  # of the page, which comes last
+        _require(module, "validate")
     from rpfm_edge.run import run_recipe
 
     return run_recipe(Path(recipe))
@@ -389,6 +428,4 @@ def _require(module: str, extra: str) -> None:
     from importlib.util import find_spec
 
     if find_spec(module) is None:
-        raise BackendError(
-            f"{module} is not installed", expected=f"the extra {extra}", fix=f"run: pip install 'rpfm-edge[{extra}]'"
-        )
+        raise missing_extra(module, extra)

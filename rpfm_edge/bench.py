@@ -20,7 +20,7 @@ from rpfm_edge.errors import BackendError
 from rpfm_edge.image import load_image
 from rpfm_edge.pipeline import Pipeline, default_backend, engine_versions
 from rpfm_edge.splits import sample_inputs
-from rpfm_edge.sustained import sustain, write
+from rpfm_edge.sustained import draw, sustain, write
 from rpfm_edge.validate import plural
 
 
@@ -49,7 +49,7 @@ def bench_backend(
 
 
 def stages(bundle: str | Path, backend: str | None = None, rounds: int = 30) -> dict[str, Any]:
-    """Where a frame's time goes on each backend of a bundle (or one); kept as evidence ``stages``.
+    """Where a frame's time goes on each backend of a bundle, kept as evidence ``stages``; or on one, which is not kept.
 
     ``failures``: backend → why it cannot tell, such as torch, which has no layers of the graph. If none can, the last
     error is raised.
@@ -68,13 +68,14 @@ def stages(bundle: str | Path, backend: str | None = None, rounds: int = 30) -> 
     if not results:
         raise last
     evidence = {"backends": results, "failures": failures}
-    if assets.resolve(bundle) == Path(bundle):  # what ships with the package is not written to
+    if backend is None:
         add_evidence(loaded, "stages", evidence)
     return evidence
 
 
 def sustained(bundle: str | Path, minutes: float, out: str | Path, backend: str | None = None) -> dict[str, Any]:
-    """Frames without a pause for ``minutes``; ``sustained.json`` and its plot in ``out`` grow with every window."""
+    """Frames without a pause for ``minutes``. ``sustained.json`` in ``out`` grows with every window; at the end it is
+    drawn as ``sustained.png``, or ``no_plot`` of the result says why not."""
     loaded = artifact.load(assets.resolve(bundle), "bundle")
     name = backend or default_backend(loaded)
     person, pose = sample_inputs(tuple(loaded.config["size"]))
@@ -83,7 +84,12 @@ def sustained(bundle: str | Path, minutes: float, out: str | Path, backend: str 
         pipe = stack.enter_context(Pipeline.open(loaded.path, name))
         render = partial(pipe.render, pipe.prepare(person), pose)
         facts["machine"] = measure.where(engine_versions(loaded, name))
-        return facts | sustain(render, minutes, keep=lambda result: write({**facts, **result}, Path(out)))
+        result = facts | sustain(render, minutes, keep=lambda result: write({**facts, **result}, Path(out)))
+    try:
+        draw(result, Path(out))
+    except BackendError as error:
+        result["no_plot"] = str(error)
+    return result
 
 
 def rows(evidence: Mapping[str, Any]) -> Iterator[list[str]]:

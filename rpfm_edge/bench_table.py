@@ -6,50 +6,50 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from rpfm_edge.bench import stages, sustained
+from rpfm_edge.tables import console, say, table
 
 
 def run(
-    bundle: str | Path, backend: str | None, with_stages: bool, rounds: int, minutes: float, out: Path, console: Console
+    bundle: str | Path, backend: str | None, with_stages: bool, rounds: int, minutes: float, out: Path
 ) -> dict[str, Any]:
     """What was asked for, measured and printed; ``minutes`` 0: no sustained run."""
     found: dict[str, Any] = {}
     if with_stages:
         found["stages"] = stages(bundle, backend, rounds)
-        print_stages(found["stages"], console)
+        print_stages(found["stages"])
     if minutes:
         found["sustained"] = sustained(bundle, minutes, out, backend)
-        print_sustained(found["sustained"], console)
-        console.print(f"wrote {out / 'sustained.json'} and {out / 'sustained.png'}", markup=False)
+        print_sustained(found["sustained"])
+        missing = found["sustained"].get("no_plot")
+        plot = f"; no plot: {missing}" if missing else f" and {out / 'sustained.png'}"
+        say(f"wrote {out / 'sustained.json'}{plot}")
     return found
 
 
-def print_stages(evidence: Mapping[str, Any], console: Console) -> None:
+def print_stages(evidence: Mapping[str, Any]) -> None:
     """A table for each backend, then what cannot tell."""
     for result in evidence["backends"]:
-        console.print(f"{result['backend']}, {result['precision']}: a frame takes {1e3 * result['frame_s']:.2f} ms")
-        table = Table("stage", "ms", "share", box=None)
+        say(f"{result['backend']}, {result['precision']}: a frame takes {1e3 * result['frame_s']:.2f} ms")
+        shown = table("stage", "ms", "share")
         for stage in result["stages"]:
-            table.add_row(stage["stage"], f"{1e3 * stage['seconds']:.2f}", f"{stage['share']:.1%}")
-        console.print(table)
+            shown.add_row(stage["stage"], f"{1e3 * stage['seconds']:.2f}", f"{stage['share']:.1%}")
+        console.print(shown)
     for name, reason in evidence["failures"].items():
-        console.print(f"{name}: {reason}", markup=False)
+        say(f"{name}: {reason}")
 
 
-def print_sustained(result: Mapping[str, Any], console: Console) -> None:
+def print_sustained(result: Mapping[str, Any]) -> None:
     """A row for each window, and what it comes to."""
-    table = Table("minute", "per s", "p50 ms", "p99 ms", "load", "clock GHz", "°C", "W", box=None)
+    shown = table("minute", "per s", "p50 ms", "p99 ms", "load", "clock GHz", "°C", "W")
     for window in result["windows"]:
-        table.add_row(*_cells(window))
-    console.print(table)
-    console.print(f"the last fifth ran at {result['held']:.1%} of the first fifth's frames per second")
+        shown.add_row(*_cells(window))
+    console.print(shown)
+    say(f"the last fifth ran at {result['held']:.1%} of the first fifth's frames per second")
     for text in result["throttling"]:
-        console.print(f"throttled: {text}", markup=False)
+        say(f"throttled: {text}")
     for source, ratio in result["frames_per_joule"].items():
-        console.print(f"{ratio:.3g} frames per joule of {source}", markup=False)
+        say(f"{ratio:.3g} frames per joule of {source}")
 
 
 def _cells(window: Mapping[str, Any]) -> list[str]:

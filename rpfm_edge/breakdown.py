@@ -6,6 +6,7 @@ stand in the frame graph, never by the exporter's names.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import numpy as np
 
 from rpfm_edge import device_state, measure
 from rpfm_edge.artifact import Artifact
-from rpfm_edge.errors import ArtifactError
+from rpfm_edge.errors import ArtifactError, ConfigError
 from rpfm_edge.measure import steady
 from rpfm_edge.metrics import import_extra
 from rpfm_edge.pipeline import Pipeline, engine_versions, require_engine
@@ -112,7 +113,7 @@ def by_stage(layers: Sequence[LayerTime], where: Mapping[str, str]) -> dict[str,
 
 
 def breakdown(bundle: Artifact, backend: str, source: Any, pose: np.ndarray, rounds: int = 30) -> dict[str, Any]:
-    """The stages of a frame of ``bundle`` on ``backend``, measured now.
+    """The stages of a frame of ``bundle`` on ``backend``, measured now in at least ``rounds`` rounds.
 
     ``Pipeline.render`` and its parts are timed in turns, and the profiler runs between the turns. So the layers are as
     slow as the profiler makes them, and "calls and copies" is what remains of the engine's call without it: feeds
@@ -123,14 +124,17 @@ def breakdown(bundle: Artifact, backend: str, source: Any, pose: np.ndarray, rou
 
     Raises:
         BackendError: the library cannot say what each layer costs, or the package onnx is missing.
+        ConfigError: less than one round.
     """
-    onnx = import_extra("onnx", "quantize")
+    if rounds < 1:
+        raise ConfigError(f"{rounds} rounds", expected="at least 1", fix="ask for more")
+    onnx = import_extra("onnx", "profile")
     where = stages(onnx.load(bundle.file("frame.onnx"), load_external_data=False))
     before = device_state.read()
     layers: dict[str, list[float]] = defaultdict(list)
     parts: dict[str, list[float]] = defaultdict(list)
     for _ in range(TURNS):
-        timed, found = _turn(bundle, backend, source, pose, max(1, rounds // TURNS))
+        timed, found = _turn(bundle, backend, source, pose, math.ceil(rounds / TURNS))
         for name, latency in timed.items():
             parts[name] += latency.values_s
         for stage, seconds in by_stage(found, where).items():

@@ -44,7 +44,7 @@ class PlanConfig:
         pairs: what candidates are judged on, of validation people; ``probes`` of them show the effect of every unit.
         keep: names or patterns of units of the frame that stay float.
         points: candidates at even distances, beside those where passing turns into failing.
-        rounds: of timing, at least.
+        rounds: of timing.
     """
 
     target: str

@@ -1,14 +1,17 @@
 """The command line: parses, calls ``rpfm_edge.api`` and prints. Exit codes: 0 good, 1 over the drift budget or slower
-than allowed, 2 an error, 3 no baseline, 4 unstable, 130 interrupted."""
+than allowed, 2 an error, 3 no baseline, 4 unstable, 130 interrupted, 143 terminated."""
 
 from __future__ import annotations
 
 import errno
+import io
 import json
+import shutil
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -29,27 +32,27 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Distill, quantize and deploy RPFM.",
 )
-console = Console()
-INTERRUPTED = 130  # what a shell reports too
+console = tables.console
+SIGNALS = {130: "interrupted", 143: "terminated"}  # exit codes that a shell reports too
 FIXES = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some space", errno.EFBIG: "raise the limit of file sizes"}
 
 Data = Annotated[str, typer.Option(help="Root of a data set in one of DeepFashion's layouts, or 'sample'.")]
 Out = Annotated[Path, typer.Option(help="Where to write the result.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every draw.")]
-Backend = Annotated[Optional[str], typer.Option(help="One of the bundle's backends; default: all, or the first.")]  # noqa: UP045
+Backend = Annotated[str | None, typer.Option(help="One of the bundle's backends; default: all, or the first.")]
 
 
 @app.command()
 def doctor(
-    precision: Annotated[Optional[str], typer.Option(help="Also say whether the GPU has it, such as fp8.")] = None,  # noqa: UP045
+    precision: Annotated[str | None, typer.Option(help="Also say if a Jetson's GPU lacks it, such as fp8.")] = None,
     json: Json = False,
 ) -> None:
     """Say what is installed, which backends work, and what to do about those that do not."""
     from rpfm_edge import doctor as module
 
     diagnosis = api.doctor(precision)
-    _finish(diagnosis, json) if json else module.render(diagnosis)
+    _finish(diagnosis) if json else module.render(diagnosis)
 
 
 @app.command()
@@ -57,12 +60,12 @@ def train(
     config: Annotated[str, typer.Argument(help="A preset (xs, s, b, l) or a TOML file.")],
     data: Data,
     out: Out,
-    seconds: Annotated[Optional[float], typer.Option(help="Training time of the flow network.")] = None,  # noqa: UP045
-    autoencoder_seconds: Annotated[Optional[float], typer.Option(help="Training time of the autoencoder.")] = None,  # noqa: UP045
+    seconds: Annotated[float | None, typer.Option(help="Training time of the flow network.")] = None,
+    autoencoder_seconds: Annotated[float | None, typer.Option(help="Training time of the autoencoder.")] = None,
     autoencoder: Annotated[
         str | None, typer.Option(help="'small', or the folder of a diffusers AutoencoderKL.")
     ] = None,
-    seed: Annotated[Optional[int], typer.Option(min=0, help="Seed of every draw; default: the file's, or 0.")] = None,  # noqa: UP045
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of every draw; default: the file's, or 0.")] = None,
     json: Json = False,
 ) -> None:
     """Train an RPFM teacher."""
@@ -78,12 +81,12 @@ def distill(
     data: Data,
     out: Out,
     method: Annotated[str, typer.Option(help="reflow, flowmap or endpoint; qad to fine-tune a student.")] = "flowmap",
-    precision: Annotated[Optional[str], typer.Option(help="That qad is for: int8 (default) or int4-weights.")] = None,  # noqa: UP045
-    steps: Annotated[Optional[int], typer.Option(help="Of the student; default: 4, with qad the student's.")] = None,  # noqa: UP045
-    seconds: Annotated[Optional[float], typer.Option(help="Training time.")] = None,  # noqa: UP045
-    trajectories: Annotated[Optional[int], typer.Option(help="Teacher paths to solve first.")] = None,  # noqa: UP045
-    store_seconds: Annotated[Optional[float], typer.Option(help="Stop solving paths after this time.")] = None,  # noqa: UP045
-    preset: Annotated[Optional[str], typer.Option(help="Student's architecture if the teacher is no RPFM.")] = None,  # noqa: UP045
+    precision: Annotated[str | None, typer.Option(help="That qad is for: int8 (default) or int4-weights.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of the student; default: 4, with qad the student's.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Training time.")] = None,
+    trajectories: Annotated[int | None, typer.Option(help="Teacher paths to solve first.")] = None,
+    store_seconds: Annotated[float | None, typer.Option(help="Stop solving paths after this time.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Student's architecture if the teacher is no RPFM.")] = None,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
@@ -104,21 +107,21 @@ def distill(
 @app.command()
 def quantize(
     student: Annotated[str, typer.Argument(help="A student (path or student:xs) or a float graph.")],
-    data: Data,
     out: Out,
+    data: Annotated[str | None, typer.Option(help="As of distill; only auto, int8, fp8 and nvfp4 need it.")] = None,
     precision: Annotated[
         str, typer.Option(help="auto, fp32, fp16, int8, int8-weights, int4-weights; TensorRT only: fp8, nvfp4.")
     ] = "int8",
-    steps: Annotated[Optional[int], typer.Option(help="Steps to unroll; default: the student's.")] = None,  # noqa: UP045
+    steps: Annotated[int | None, typer.Option(help="Steps to unroll; default: the student's.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 64,
     method: Annotated[str, typer.Option(help="Of int8: ptq, sweep or accuracy-control.")] = "ptq",
-    least_psnr: Annotated[Optional[float], typer.Option(help="dB that accuracy-control keeps; default: 48.")] = None,  # noqa: UP045
-    target: Annotated[Optional[str], typer.Option(help="Of auto: the backend that has to be fast, here.")] = None,  # noqa: UP045
-    budget: Annotated[Optional[Path], typer.Option(help="Of auto: TOML file with a table \\[drift].")] = None,  # noqa: UP045
-    keep: Annotated[Optional[list[str]], typer.Option(help="Of auto: units that stay float, such as block0.*")] = None,  # noqa: UP045
-    pairs: Annotated[Optional[int], typer.Option(help="Of auto: validation pairs; default: 24.")] = None,  # noqa: UP045
-    points: Annotated[Optional[int], typer.Option(help="Of auto: candidates at even distances; default: 8.")] = None,  # noqa: UP045
-    option: Annotated[Optional[list[str]], typer.Option(help="Of auto: BACKEND.NAME=VALUE of the target.")] = None,  # noqa: UP045
+    least_psnr: Annotated[float | None, typer.Option(help="dB that accuracy-control keeps; default: 48.")] = None,
+    target: Annotated[str | None, typer.Option(help="Of auto: the backend that has to be fast, here.")] = None,
+    budget: Annotated[Path | None, typer.Option(help="Of auto: TOML file with a table \\[drift].")] = None,
+    keep: Annotated[list[str] | None, typer.Option(help="Of auto: units that stay float, such as block0.*")] = None,
+    pairs: Annotated[int | None, typer.Option(help="Of auto: validation pairs; default: 24.")] = None,
+    points: Annotated[int | None, typer.Option(help="Of auto: candidates at even distances; default: 8.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="Of auto: BACKEND.NAME=VALUE of the target.")] = None,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
@@ -145,7 +148,7 @@ def _planned(result: Mapping[str, Any], out: Path, as_json: bool) -> None:
     tables.plan(result)
     report = work_folder(out) / "report.html"
     if as_json:
-        _finish(result, as_json)
+        _finish(result)
     elif report.is_file():
         tables.say(f"report {report}")
     if not result["chosen"]:
@@ -161,7 +164,7 @@ def build(
     ],
     out: Out,
     option: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option(help="BACKEND.NAME=VALUE, such as tensorrt.workspace_mib=1024; may be given several times."),
     ] = None,
     json: Json = False,
@@ -175,7 +178,7 @@ def validate(
     bundle: Annotated[str, typer.Argument(help="The bundle to judge.")],
     against: Annotated[str, typer.Option(help="The teacher.")],
     data: Data,
-    budget: Annotated[Optional[Path], typer.Option(help="TOML file with a table \\[drift].")] = None,  # noqa: UP045
+    budget: Annotated[Path | None, typer.Option(help="TOML file with a table \\[drift].")] = None,
     backend: Backend = None,
     pairs: Annotated[int, typer.Option(help="Held-out pairs.")] = 32,
     seed: Seed = 0,
@@ -184,10 +187,12 @@ def validate(
     """Measure drift against the teacher and the ground truth; exit 1 when over the budget."""
     evidence = api.validate(bundle, against, data, budget, backend, pairs, seed)
     tables.drift(evidence)
+    if (found := len(evidence["pairs"])) < pairs:
+        tables.say(f"{found} pairs instead of {pairs}: the test split has no more")
     for violation in evidence["violations"]:
         console.print(Text("over budget", "red"), violation, soft_wrap=True)
     if json:
-        _finish(evidence, json)
+        _finish(evidence)
     raise typer.Exit(1 if evidence["violations"] else 0)
 
 
@@ -197,9 +202,9 @@ def bench(
     backend: Backend = None,
     runs: Annotated[int, typer.Option(help="At least so many frames.")] = 50,
     seconds: Annotated[float, typer.Option(help="For at least so long.")] = 3.0,
-    save: Annotated[Optional[str], typer.Option(help="Keep the times as this baseline.")] = None,  # noqa: UP045
-    gate: Annotated[Optional[str], typer.Option(help="Hold the frame against this baseline.")] = None,  # noqa: UP045
-    against: Annotated[Optional[str], typer.Option(help="Or against another bundle.")] = None,  # noqa: UP045
+    save: Annotated[str | None, typer.Option(help="Keep the times as this baseline.")] = None,
+    gate: Annotated[str | None, typer.Option(help="Hold the frame against this baseline.")] = None,
+    against: Annotated[str | None, typer.Option(help="Or against another bundle.")] = None,
     max_slowdown: Annotated[str, typer.Option(help="What a frame may lose, such as 5% or 0.05.")] = "5%",
     limit: Annotated[float, typer.Option(help="Seconds after which a verdict is 'unstable'.")] = 120.0,
     baselines: Annotated[Path, typer.Option(help="Folder of the baselines.")] = FOLDER,
@@ -212,18 +217,22 @@ def bench(
 
     Exit codes of a judgement: 0 pass, 1 regression, 2 error, 3 no baseline, 4 unstable.
     """
-    if save or gate or against:
+    judged = [f"--{name}" for name, given in (("save", save), ("gate", gate), ("against", against)) if given]
+    looked = [f"--{name}" for name, given in (("stages", stages), ("sustained", sustained)) if given]
+    if judged and looked:
+        raise ConfigError(f"{judged[0]} and {looked[0]} at once", expected="one of them", fix="run one after the other")
+    if judged:
         result = gate_table.judge(
             bundle, save, gate, against, max_slowdown, backend, baselines, rounds=runs, seconds=seconds, limit_s=limit
         )
-        gate_table.render(result, console)
+        gate_table.render(result)
         if json:
-            _finish(result, json)
+            _finish(result)
         raise typer.Exit(result["exit_code"])
     if stages or sustained:
-        measured = bench_table.run(bundle, backend, stages, runs, sustained, out, console)
+        measured = bench_table.run(bundle, backend, stages, runs, sustained, out)
         if json:
-            _finish(measured, json)
+            _finish(measured)
         return
     evidence = api.bench(bundle, backend, runs, seconds)
     table = tables.table("engine", "call", "p50 ms", "p95 ms", "p99 ms", "per s", "runs")
@@ -235,7 +244,7 @@ def bench(
     for name, reason in evidence.get("skipped", {}).items():
         tables.say(f"{name} skipped: {reason}")
     if json:
-        _finish(evidence, json)
+        _finish(evidence)
     raise typer.Exit(2 if "failures" in evidence else 0)
 
 
@@ -250,7 +259,7 @@ def render(
 ) -> None:
     """Render a person in a pose."""
     path = api.render(bundle, source, pose, out, backend)
-    _finish({"image": str(path)}, json) if json else tables.say(f"wrote {path}")
+    _finish({"image": str(path)}) if json else tables.say(f"wrote {path}")
 
 
 @app.command()
@@ -258,22 +267,20 @@ def inspect(artifact: Annotated[str, typer.Argument(help="A path or a shipped na
     """Show what an artifact is and how it came to be; verifies every file."""
     record = api.inspect(artifact)
     if json:
-        _finish(record, json)
+        _finish(record)
         return
-    console.print(
-        f"[bold]{record['kind']}[/bold] {record['path']}  digest {record['digest'][:12]}, every sha256 is right"
-    )
+    tables.say(f"{record['kind']} {record['path']}  digest {record['digest'][:12]}, every sha256 is right")
     for name, signature in record["signatures"].items():
         for side in ("inputs", "outputs"):
             for spec in signature[side]:
-                console.print(f"  {name} {side[:-1]} {spec['name']}: {spec['dtype']}{spec['shape']}", markup=False)
+                tables.say(f"  {name} {side[:-1]} {spec['name']}: {spec['dtype']}{spec['shape']}")
     for stage in record["lineage"]:
         tools = ", ".join(f"{name} {version}" for name, version in stage["tools"].items())
-        console.print(f"  ← {stage['stage']}  ({tools})", markup=False)
+        tables.say(f"  ← {stage['stage']}  ({tools})")
     for name, file in record["files"].items():
-        console.print(f"  {file['bytes']:>12,} bytes  {name}", markup=False)
+        tables.say(f"  {file['bytes']:>12,} bytes  {name}")
     if record["evidence"]:
-        console.print(f"  evidence: {', '.join(record['evidence'])} (--json shows it)")
+        tables.say(f"  evidence: {', '.join(record['evidence'])} (--json shows it)")
 
 
 @app.command()
@@ -282,15 +289,15 @@ def frontier(
     against: Annotated[str, typer.Option(help="The teacher.")],
     data: Data,
     out: Out,
-    steps: Annotated[Optional[list[int]], typer.Option(help="May be given several times; default: 1 2 4 8.")] = None,  # noqa: UP045
-    precision: Annotated[Optional[list[str]], typer.Option(help="Likewise; default: fp32 fp16 int8.")] = None,  # noqa: UP045
-    target: Annotated[Optional[list[str]], typer.Option(help="Likewise; default: openvino onnxruntime.")] = None,  # noqa: UP045
+    steps: Annotated[list[int] | None, typer.Option(help="May be given several times; default: 1 2 4 8.")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="Likewise; default: fp32 fp16 int8.")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="Likewise; default: openvino onnxruntime.")] = None,
     pairs: Annotated[int, typer.Option(help="Held-out pairs.")] = 48,
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 64,
     runs: Annotated[int, typer.Option(help="At least so many frames of each engine, all in turns.")] = 30,
-    seconds: Annotated[float, typer.Option(help="For at least so long, on average.")] = 2.0,
-    option: Annotated[Optional[list[str]], typer.Option(help="BACKEND.NAME=VALUE, several times.")] = None,  # noqa: UP045
-    readme: Annotated[Optional[Path], typer.Option(help="Put the table between this file's two markers.")] = None,  # noqa: UP045
+    seconds: Annotated[float, typer.Option(help="And about so many seconds of frames, on average.")] = 2.0,
+    option: Annotated[list[str] | None, typer.Option(help="BACKEND.NAME=VALUE, several times.")] = None,
+    readme: Annotated[Path | None, typer.Option(help="Put the table between this file's two markers.")] = None,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
@@ -300,7 +307,7 @@ def frontier(
     options = parse_options(option or ())
     result = api.frontier(student, against, data, out, readme, **chosen, **counts, options=options)
     tables.frontier(result)
-    _finish(result, json) if json else tables.say(f"wrote {out / 'frontier.md'}")
+    _finish(result) if json else tables.say(f"wrote {out / 'frontier.md'}")
 
 
 @app.command()
@@ -311,7 +318,7 @@ def run(recipe: Annotated[Path, typer.Argument(help="A TOML recipe.")], json: Js
     for violation in result["violations"]:
         console.print(Text("over budget", "red"), violation, soft_wrap=True)
     if json:
-        _finish(result, json)
+        _finish(result)
     raise typer.Exit(1 if result["violations"] else 0)
 
 
@@ -320,28 +327,41 @@ app.command()(live)
 
 def _made(artifact: Any, as_json: bool) -> None:
     record = {"path": str(artifact.path), "kind": artifact.kind, "digest": artifact.digest}
-    _finish(record, as_json) if as_json else tables.say(f"wrote {artifact.kind} {artifact.path}")
+    _finish(record) if as_json else tables.say(f"wrote {artifact.kind} {artifact.path}")
 
 
-def _finish(record: Mapping[str, Any], as_json: bool) -> None:
-    assert as_json
+def _finish(record: Mapping[str, Any]) -> None:
+    """The last line of ``--json``."""
     print(json.dumps(finite(record), default=str, allow_nan=False), flush=True)
 
 
 def main() -> None:
     """Entry point: user faults end in one sentence and exit code 2."""
+    signal.signal(signal.SIGTERM, _terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what an old code page lacks, such as ←, must not end a command
+        sys.stdout.reconfigure(errors="replace")
     try:
         app()
     except RpfmError as error:
         _fail(str(error))
     except SystemExit as end:
-        if end.code == INTERRUPTED:
-            _fail("interrupted; finished stages are kept.", INTERRUPTED)
+        if end.code in SIGNALS:
+            _fail(f"{SIGNALS[end.code]}; finished stages are kept.", end.code)
         raise
+    except shutil.Error as error:  # of a folder: what failed, from where, to where and why
+        _, target, why = error.args[0][0]
+        _fail(f"{target}: {why}; check the path, its permissions and the free space.")
     except OSError as error:
         fix = FIXES.get(error.errno or 0, "check the path and its permissions")
         culprit = error.filename2 or error.filename or "the disk"  # the second is where a copy goes
         _fail(f"{culprit}: {error.strerror or error}; {fix}.")
+
+
+def _terminate(*_: object) -> None:
+    """End as an interrupt does, so that nothing unfinished stays behind. A second signal must not stop the cleaning up:
+    ``timeout`` sends it to the process and to its group."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(143)
 
 
 def _fail(message: str, code: int = 2) -> None:

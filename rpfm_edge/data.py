@@ -11,6 +11,7 @@ Both become the same ``Split``. Splits of both leave pictures on the disk until 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from rpfm_edge.artifact import json_digest
 from rpfm_edge.errors import ConfigError, InputError
 from rpfm_edge.image import decode_image, resize
 from rpfm_edge.metrics import import_extra
@@ -32,7 +34,8 @@ from rpfm_edge.progress import progress
 SPLITS = ("train", "test")
 ANNOTATION_HEADER, PAIRS_HEADER = "name:keypoints_y:keypoints_x", "from,to"
 _MARGIN_PX = 40  # of layout B's keypoints, left and right
-_GARMENT = re.compile(r"id_?(\d{8})")  # the identity in DeepFashion's names, nested or flattened
+_GARMENT = re.compile(r"id_?(\d{8})/?(\d{2})?")  # and its colour, in DeepFashion's names, nested or flattened
+NAMING = "names whose start, up to the first _, is the person's (or DeepFashion's names)"
 _IMAGES = (".jpg", ".jpeg", ".png")
 
 
@@ -79,6 +82,12 @@ class Split:
                 stack[done] = image
                 advance(done + 1, "")
         return stack
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the lists: names, pairs and keypoints, wherever they lie. Pictures are not read for it."""
+        poses = hashlib.sha256(np.ascontiguousarray(self.keypoints).tobytes()).hexdigest()
+        return json_digest({"names": self.names, "pairs": self.pairs.tolist(), "keypoints": poses})
 
     @cached_property
     def targets(self) -> dict[int, np.ndarray]:
@@ -130,6 +139,12 @@ def hold_out(split: Split, amount: float, seed: int) -> tuple[Split, Split]:
         amount: how many identities are held out (int), or which share of them (float).
     """
     identities = np.unique(split.identities)
+    if len(identities) < 2:
+        raise InputError(
+            f"{split.root} has too few identities to hold some out: {len(identities)}",
+            expected=f"2 or more, and {NAMING}",
+            fix="add people, or rename their pictures in the lists, too",
+        )
     count = round(amount * len(identities)) if isinstance(amount, float) else amount
     if not 0 < count < len(identities):
         raise ConfigError(
@@ -186,11 +201,27 @@ def _cycle(values: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarr
 def identities_of(names: Sequence[str]) -> np.ndarray:
     """A number for each name: DeepFashion's garment id, otherwise what stands before the first "_"."""
     keys = [found[1] if (found := _GARMENT.search(name)) else name.partition("_")[0] for name in names]
-    return np.unique(np.array(keys), return_inverse=True)[1].astype(np.int64)
+    return np.unique(np.array(keys, str), return_inverse=True)[1].astype(np.int64)
 
 
-def _index_pairs(names: Sequence[str], pairs: Sequence[tuple[str, str]], file: Path) -> np.ndarray:
-    """(P, 2) indices of pairs of names; a name without keypoints is an ``InputError``."""
+def shared_person(some: Sequence[str], others: Sequence[str]) -> str | None:
+    """The first of ``some`` whose person is in a picture of ``others``, too.
+
+    DeepFashion's lists are cut by garment and colour, so there a garment may be in both, in other colours.
+    """
+    there = {_person(name) for name in others}
+    return next((name for name in some if _person(name) in there), None)
+
+
+def _person(name: str) -> str:
+    found = _GARMENT.search(name)
+    return found[0].replace("_", "").replace("/", "") if found else name.partition("_")[0]
+
+
+def _index_pairs(
+    names: Sequence[str], identities: np.ndarray, pairs: Sequence[tuple[str, str]], file: Path
+) -> np.ndarray:
+    """(P, 2) indices of pairs of names; a name without keypoints, or a pair of two people, is an ``InputError``."""
     index = {name: position for position, name in enumerate(names)}
     absent = list(dict.fromkeys(name for pair in pairs for name in pair if name not in index))
     if absent:
@@ -199,7 +230,16 @@ def _index_pairs(names: Sequence[str], pairs: Sequence[tuple[str, str]], file: P
             expected="keypoints for every picture of a pair",
             fix="use lists that belong together",
         )
-    return np.array([[index[source], index[target]] for source, target in pairs], np.int64).reshape(-1, 2)
+    indices = np.array([[index[source], index[target]] for source, target in pairs], np.int64).reshape(-1, 2)
+    strange = np.flatnonzero(np.diff(identities[indices]))
+    if strange.size:
+        source, target = pairs[strange[0]]
+        raise InputError(
+            f"{file} pairs {source} with {target}, by their names two people",
+            expected=NAMING,
+            fix="rename the pictures, in the lists too, or leave the pair out",
+        )
+    return indices
 
 
 def _broken(file: Path, line: int, expected: str) -> InputError:
@@ -208,7 +248,7 @@ def _broken(file: Path, line: int, expected: str) -> InputError:
 
 def _lines(file: Path) -> list[str]:
     try:
-        return file.read_text(encoding="utf-8").splitlines()
+        return file.read_text(encoding="utf-8-sig").splitlines()  # spreadsheets put a mark at the start
     except (OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read ({error})", expected="a text file", fix="copy it again") from None
 
@@ -224,13 +264,16 @@ def _csv(root: Path, kind: str, split: str) -> Path:
 
 def _open_csv(root: Path, split: str) -> Split:
     names, keypoints = _read_annotation(_csv(root, "annotation", split))
-    file = _csv(root, "pairs", split)
-    pairs = _index_pairs(names, _read_pairs(file), file)
-    return Split(root, names, keypoints, pairs, identities_of(names), _file_reader(root, split))
+    file, identities = _csv(root, "pairs", split), identities_of(names)
+    if not file.is_file():
+        raise InputError(f"{root} has no {file.name}", expected="the pairs of its annotation", fix="copy it there")
+    pairs = _index_pairs(names, identities, _read_pairs(file), file)
+    return Split(root, names, keypoints, pairs, identities, _file_reader(root, split))
 
 
 def _read_annotation(file: Path) -> tuple[tuple[str, ...], np.ndarray]:
-    names, points = [], []
+    names: dict[str, None] = {}  # a set that keeps their order
+    points = []
     for number, line in enumerate(_lines(file), start=1):
         if number == 1:
             if line.strip() != ANNOTATION_HEADER:
@@ -239,11 +282,13 @@ def _read_annotation(file: Path) -> tuple[tuple[str, ...], np.ndarray]:
         try:
             name, y, x = line.split(":")
             point = np.array([json.loads(x), json.loads(y)], np.float32)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             point = np.empty(0, np.float32)
         if point.shape != (2, 18) or not np.isfinite(point).all():
             raise _broken(file, number, f"{ANNOTATION_HEADER}, with 18 numbers each")
-        names.append(name)
+        if name in names:
+            raise _broken(file, number, f"{name} only once")
+        names[name] = None
         points.append(point)
     keypoints = np.array(points, np.float32).reshape(-1, 2, 18).transpose(0, 2, 1)
     return tuple(names), np.where((keypoints == -1).any(axis=2, keepdims=True), np.float32(np.nan), keypoints)
@@ -313,6 +358,7 @@ def _open_lmdb(root: Path, split: str) -> Split:
             raise _broken(file, number, "a target, then its sources, separated by commas")
         pairs += [(source, target) for source in sources]
     names, keypoints = _read_poses(root, list(dict.fromkeys(name for pair in pairs for name in pair)))
+    identities = identities_of(names)
     folders = (root, root / "256-256", *sorted(root.iterdir()))
     folder = next((folder for folder in folders if (folder / "data.mdb").is_file()), None)
     if folder is None:
@@ -320,9 +366,8 @@ def _open_lmdb(root: Path, split: str) -> Split:
             f"{root} has no pictures", expected="a folder with data.mdb, an LMDB", fix="make it with PIDM's script"
         )
     _environment(folder)  # before threads ask for it
-    return Split(
-        root, names, keypoints, _index_pairs(names, pairs, file), identities_of(names), partial(_read_lmdb, folder)
-    )
+    indices = _index_pairs(names, identities, pairs, file)
+    return Split(root, names, keypoints, indices, identities, partial(_read_lmdb, folder))
 
 
 def _key(name: str) -> str:

@@ -8,13 +8,15 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from rpfm_edge import jetson, measure
+from rpfm_edge.errors import BackendError, ConfigError
+from rpfm_edge.precisions import Precision
 
 DISTRIBUTION = "rpfm-edge"
 SIBLINGS = ("distill", "quantize", "runtimes")  # generic names, which another distribution may have too
@@ -28,18 +30,24 @@ LIBRARIES = (
     *("scikit-image", "matplotlib", "jinja2", "psutil", "lmdb", "tensorrt", "tensorrt-rtx", "cuda-bindings"),
     "jetson-stats",
 )
+TENSORRT = ("tensorrt", "tensorrt_rtx", "tensorrt_lean", "tensorrt_dispatch")  # any one serves the backend tensorrt
 
 
 def diagnose(precision: str | None = None) -> dict[str, Any]:
     """A JSON-able description of the machine and the installation.
 
-    ``precision`` is the one that an engine is to be built in, such as ``"fp8"``: ``advice`` says if this GPU has none.
+    ``precision`` is the one that an engine is to be built in, such as ``"fp8"``: on a Jetson, ``advice`` says if its
+    GPU has none. ``ConfigError`` for one that is unknown.
 
     Keys: ``rpfm_edge``, ``python``, ``platform``, ``cpu`` (model, cores, cores_usable, flags), ``memory_bytes``,
-    ``backends`` (name → null if usable, or why not and the fix), ``openvino_devices``, ``versions``, ``intruders``
-    (sibling package → where it was found instead, by whom), ``extras`` (extra → what is missing and the fix),
-    ``jetson`` (the facts of ``jetson.read``, null elsewhere), ``advice`` (``problem`` and ``fix``, of a Jetson).
+    ``backends`` (name → null if usable, or why not and the fix), ``no_gpu`` (why TensorRT can run nothing here, and the
+    fix; null if it can, or is not usable), ``openvino_devices``, ``versions``, ``intruders`` (sibling package → where
+    it was found instead, by whom), ``extras`` (extra → what is missing and the fix), ``jetson`` (the facts of
+    ``jetson.read``, null elsewhere), ``advice`` (``problem`` and ``fix``, of a Jetson).
     """
+    if precision is not None and precision not in get_args(Precision):
+        fix = "check the spelling"
+        raise ConfigError(f"unknown precision {precision!r}", expected=f"one of {get_args(Precision)}", fix=fix)
     backends, here = _backends(), measure.where()
     board, cpu_info = here.get("jetson"), jetson.read_text(Path("/proc/cpuinfo"))
     return {
@@ -54,6 +62,7 @@ def diagnose(precision: str | None = None) -> dict[str, Any]:
         },
         "memory_bytes": here.get("memory_bytes"),
         "backends": backends,
+        "no_gpu": _no_gpu() if backends.get("tensorrt", "") is None else None,
         "openvino_devices": import_module("runtimes.ov").devices() if backends.get("openvino", "") is None else {},
         "versions": {name: found for name in LIBRARIES if (found := _version(name))},
         "intruders": dict(intruders(Path(__file__).parent.parent)),
@@ -108,7 +117,7 @@ def missing_extras() -> dict[str, dict[str, Any]]:
         wanted = re.match(r"[\w.-]+", requirement)
         if extra and wanted and not _installed(wanted.group()):
             missing.setdefault(extra.group(1), []).append(wanted.group())
-    return {extra: {"missing": names, "fix": _install(extra)} for extra, names in missing.items()}
+    return {extra: {"missing": [*dict.fromkeys(names)], "fix": _install(extra)} for extra, names in missing.items()}
 
 
 def _rows(diagnosis: dict[str, Any]) -> Iterator[tuple[str, str, bool | None]]:
@@ -124,7 +133,11 @@ def _rows(diagnosis: dict[str, Any]) -> Iterator[tuple[str, str, bool | None]]:
     for hint in diagnosis["advice"]:
         yield "advice", f"{hint['problem']}: {hint['fix']}", False
     for name, reason in diagnosis["backends"].items():
-        yield f"backend {name}", reason or "usable", reason is None
+        if name == "tensorrt" and diagnosis["no_gpu"]:  # TensorRT for RTX builds for GPUs that are not here
+            able = "not usable" if "tensorrt" in diagnosis["versions"] else "builds only"
+            yield f"backend {name}", f"{able}: {diagnosis['no_gpu']}", None
+        else:
+            yield f"backend {name}", reason or "usable", reason is None
     for device, name in diagnosis["openvino_devices"].items():
         yield f"OpenVINO device {device}", name, None
     for name, place in diagnosis["intruders"].items():
@@ -155,10 +168,19 @@ def _board_rows(board: Mapping[str, Any]) -> Iterator[tuple[str, str, bool | Non
 def _backends() -> dict[str, str | None]:
     """Backend → None or why it is not usable; empty if another distribution stands in place of our ``runtimes``."""
     try:
-        found: dict[str, str | None] = import_module("runtimes").available()
+        available = import_module("runtimes").available
     except (ImportError, AttributeError):
         return {}
+    found: dict[str, str | None] = available()
     return found
+
+
+def _no_gpu() -> str | None:
+    try:
+        import_module("runtimes.trt_cuda").device()
+    except (BackendError, RuntimeError) as error:  # cuda-bindings may fail in its own words where there is no driver
+        return str(error)
+    return None
 
 
 def _version(distribution: str) -> str | None:
@@ -169,8 +191,9 @@ def _version(distribution: str) -> str | None:
 
 
 def _installed(distribution: str) -> bool:
-    """By its name, or by that of its package: onnxruntime-gpu gives onnxruntime too."""
-    return bool(_version(distribution)) or find_spec(re.sub(r"[-.]", "_", distribution)) is not None
+    """By its name, or by that of its package (onnxruntime-gpu gives onnxruntime too), or by one that does as well."""
+    module = re.sub(r"[-.]", "_", distribution)
+    return bool(_version(distribution)) or any(map(find_spec, TENSORRT if module in TENSORRT else [module]))
 
 
 def _install(extra: str) -> str:

@@ -92,7 +92,8 @@ def measure_frontier(
     Args:
         pairs: held-out pairs; every quality is measured on them, at the same noise.
         samples: calibration samples (INT8, FP8, NVFP4).
-        runs, seconds: rounds at least, and seconds for each engine on average; a round times one frame of every engine.
+        runs: rounds at least; a round times one frame of every engine.
+        seconds: of timed frames for each engine, about and on average: how many rounds that takes, the first one says.
         options: of backends, by name.
 
     Returns:
@@ -106,6 +107,7 @@ def measure_frontier(
     candidates = _candidates(steps, precisions, backends, options or {})
     if runs < 1:
         raise ConfigError(f"{runs} runs", expected="at least 1", fix="ask for more")
+    measure.check_seconds(seconds)
     require_samples(f"{samples} calibration samples", samples, precisions)
     config = artifact.load(assets.resolve(student), "student").config
     size, network, test = tuple(config["size"]), config["network"], open_splits(data).test

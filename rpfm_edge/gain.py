@@ -18,6 +18,7 @@ from rpfm_edge import artifact, assets, measure, metrics
 from rpfm_edge.artifact import json_digest, write_text
 from rpfm_edge.data import Split
 from rpfm_edge.errors import ConfigError
+from rpfm_edge.flow import student_steps
 from rpfm_edge.progress import progress
 from rpfm_edge.splits import open_splits
 from rpfm_edge.stages import identity
@@ -80,11 +81,6 @@ def measure_gain(
     return found  # type: ignore[no-any-return]
 
 
-def student_steps(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """The numbers of steps that a student with this config is measured at: an endpoint student is made for one."""
-    return (int(config["steps"]),) if config["method"] == "endpoint" else STEPS
-
-
 def _common_shape(students: Mapping[str, str | Path]) -> tuple[tuple[int, int], tuple[int, ...]]:
     """(H, W) of the pictures and the shape of the latents, which all students must share."""
     shapes = {}
@@ -133,7 +129,7 @@ def _measure_chunk(
     slow = teacher_images(teacher, *inputs, [reference, *((n, "euler") for n in STEPS)], *options)
     measured = {}
     for name, path in students.items():
-        steps = student_steps(artifact.load(assets.resolve(path), "student", verify=False).config)
+        steps = student_steps(artifact.load(assets.resolve(path), "student", verify=False).config) or STEPS
         fast = student_images(path, *inputs, steps, *options)
         measured[name] = {str(n): compared(fast[n]) for n in steps}
     return {
@@ -161,7 +157,7 @@ def compare_truth(students: Mapping[str, Any], reference: Mapping[str, Any], see
         one entry for each student and number of steps: ``student``, ``steps``, ``target`` (the largest ratio that
         counts as no loss, or None), and for each error that was measured (``mse`` of pixels in [0, 255], ``flip``,
         ``lpips``) the ``teacher``'s mean, the ``ratio`` of the means, and the 95 % ``interval`` of that ratio, from a
-        paired bootstrap of the difference (None for a single pair).
+        paired bootstrap (None for a single pair).
     """
     theirs = errors(reference["against_truth"])
     rows = []
@@ -182,7 +178,12 @@ def errors(summary: Mapping[str, Any]) -> dict[str, list[float]]:
 
 def _ratio(own: Sequence[float], theirs: Sequence[float], seed: int) -> dict[str, Any]:
     teacher = float(np.mean(theirs))
-    interval = None
-    if len(own) > 1:
-        interval = [1 + bound / teacher for bound in metrics.paired_bootstrap(own, theirs, seed)]
+    interval = ratio_interval(own, theirs, seed) if len(own) > 1 else None
     return {"teacher": teacher, "ratio": float(np.mean(own)) / teacher, "interval": interval}
+
+
+def ratio_interval(own: Sequence[float], theirs: Sequence[float], seed: int, rounds: int = 2000) -> list[float]:
+    """95 % percentile bootstrap interval of ``mean(own) / mean(theirs)``, resampling the pairs: both means vary."""
+    picks = np.random.default_rng(seed).integers(0, len(own), (rounds, len(own)))
+    ratios = np.asarray(own)[picks].mean(axis=1) / np.asarray(theirs)[picks].mean(axis=1)
+    return [float(bound) for bound in np.percentile(ratios, [2.5, 97.5])]

@@ -24,7 +24,10 @@ JETPACKS = {  # L4T → JetPack, from NVIDIA's JetPack archive
 }
 SERIES = {35: "5", 36: "6", 38: "7", 39: "7"}  # of releases that JETPACKS does not list
 GPU_FILES = {"min": "min_freq", "max": "max_freq", "now": "cur_freq"}
-LEAST_CAPABILITY = {"fp8": (8, 9), "fp4": (10, 0), "nvfp4": (10, 0)}  # of the tensor cores that compute in it
+GPUS = {  # precision → the least compute capability whose tensor cores compute in it, and who has it; the rest: all
+    "fp8": ("8.9", "Ada, Hopper, Blackwell, Jetson Thor"),
+    "nvfp4": ("10.0", "Blackwell, Jetson Thor"),
+}
 SMALL_MODULE_BYTES = 9 * 2**30  # the 8 GB modules, and smaller ones
 BUILD_BYTES = 4 * 2**30
 
@@ -64,8 +67,9 @@ def advice(facts: Mapping[str, Any], precision: str | None = None) -> list[dict[
 def supports(facts: Mapping[str, Any], precision: str) -> bool | None:
     """Whether the GPU computes in ``precision``; None if the GPU is not known."""
     capability = facts.get("compute_capability")
-    least = LEAST_CAPABILITY.get(precision.lower(), (0, 0))
-    return tuple(map(int, capability.split("."))) >= least if capability else None
+    least, _ = GPUS.get(precision, ("0.0", ""))
+    found, wanted = (tuple(map(int, (one or "0").split("."))) for one in (capability, least))
+    return found >= wanted if capability else None
 
 
 def read_text(path: Path) -> str:

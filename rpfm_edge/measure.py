@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import sys
@@ -83,6 +84,7 @@ class Latency:
 def measure(call: Call, warmup: int = 5, min_runs: int = 50, min_seconds: float = 3.0) -> Latency:
     """Time ``call`` until both ``min_runs`` and ``min_seconds`` are reached, after ``warmup`` uncounted calls."""
     _check_counts(warmup, min_runs)
+    check_seconds(min_seconds)
     for _ in range(warmup):
         call()
     values: list[float] = []
@@ -131,6 +133,14 @@ def _check_counts(warmup: int, runs: int) -> None:
     if warmup < 0 or runs < 1:
         raise ConfigError(
             f"{warmup} warm-up and {runs} measured runs", expected="at least 0 and at least 1", fix="ask for more runs"
+        )
+
+
+def check_seconds(seconds: float) -> None:
+    """Raise ``ConfigError`` unless a run of so many seconds can be."""
+    if not 0 <= seconds < math.inf:
+        raise ConfigError(
+            f"{seconds:g} seconds of measuring", expected="finite and at least 0", fix="correct the seconds"
         )
 
 

@@ -48,11 +48,14 @@ def import_extra(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise BackendError(
-            f"{module.partition('.')[0]} is not installed ({error})",
-            expected=f"the libraries of the extra {extra!r}",
-            fix=f"run: pip install 'rpfm-edge[{extra}]'",
-        ) from None
+        raise missing_extra((error.name or module).partition(".")[0], extra, f" ({error})") from None
+
+
+def missing_extra(library: str, extra: str, why: str = "") -> BackendError:
+    """The refusal of what needs an optional library that is not here."""
+    return BackendError(
+        f"{library} is not installed{why}", expected=f"the extra {extra}", fix=f"run: pip install 'rpfm-edge[{extra}]'"
+    )
 
 
 def psnr_db(a: np.ndarray, b: np.ndarray) -> float:

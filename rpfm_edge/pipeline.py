@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from rpfm_edge.artifact import Artifact
 from rpfm_edge.errors import BackendError, InputError
 from rpfm_edge.image import load_image
 from rpfm_edge.pose import check_pose, draw_skeleton
+from rpfm_edge.precisions import STUDENT_ONLY
 from rpfm_edge.runtime import Runtime, Session
 
 Image = np.ndarray  # (H, W, 3) uint8 RGB
@@ -37,9 +39,16 @@ def require_engine(bundle: Artifact, backend: str) -> Runtime:
         raise BackendError(
             f"{bundle.path} has no engine for {backend}",
             expected=f"one of {sorted(backends)}",
-            fix=f"run: rpfm-edge build {bundle.path} --target {backend} --out {bundle.path}",
+            fix=_how_to_add(bundle.path, backend),
         )
     return runtime
+
+
+def _how_to_add(bundle: Path, backend: str) -> str:
+    if backend in STUDENT_ONLY:  # whose student a bundle does not carry
+        return f"build it from the graph, which has the student: rpfm-edge build GRAPH --target {backend} --out BUNDLE"
+    path = shlex.quote(str(bundle))
+    return f"run: rpfm-edge build {path} --target {backend} --out {path}"
 
 
 def default_backend(bundle: Artifact) -> str:
@@ -113,16 +122,15 @@ class Pipeline:
         Returns:
             (H, W, 3) uint8 RGB.
         """
-        if person.bundle_digest != self._digest:
-            raise InputError(
-                "the person was prepared by another bundle",
-                expected="a person of this one",
-                fix="prepare the source again",
-            )
         return self.render_skeleton(person, draw_skeleton(check_pose(pose, self.size), self.size), noise)
 
     def render_skeleton(self, person: Person, skeleton: Image, noise: np.ndarray | None = None) -> Image:
         """As ``render``, from a drawn skeleton (H, W, 3) uint8 RGB."""
+        if not isinstance(person, Person) or person.bundle_digest != self._digest:
+            given = "was prepared by another bundle" if isinstance(person, Person) else f"is a {type(person).__name__}"
+            raise InputError(
+                f"the person {given}", expected="a person of this bundle's prepare", fix="prepare the source again"
+            )
         feeds = {"pose": skeleton[None], "noise": self.noise if noise is None else noise, "source_kv": person.source_kv}
         image: Image = self._frame.run(feeds)["image"][0]
         return image

@@ -17,7 +17,7 @@ def plan_lines(result: Mapping[str, Any]) -> list[Line]:
 
 
 def _line(row: Mapping[str, Any], count: int, chosen: bool, rest: str) -> Line:
-    frame, drift = row["frame"], row["against_float"]
+    frame, ssim = row["frame"], row["against_float"].get("ssim")
     return Line(
         (
             row["name"].upper() if not row["units"] else f"INT8 and {rest.upper()}",
@@ -26,7 +26,7 @@ def _line(row: Mapping[str, Any], count: int, chosen: bool, rest: str) -> Line:
             f"{row['speedup']:.2f}",
             f"{1e3 * frame['p50_s']:.2f}",
             f"{psnr_db(row):.1f}",
-            f"{drift['ssim']['median']:.4f}",
+            f"{ssim['median']:.4f}" if ssim else "–",  # not measured without scikit-image
             f"{row['engine_bytes'] / 2**20:.1f}",
         ),
         best=chosen,

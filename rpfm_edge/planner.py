@@ -23,8 +23,7 @@ import numpy as np
 
 import runtimes
 from rpfm_edge import artifact, measure
-from rpfm_edge.artifact import Artifact, finite
-from rpfm_edge.bundle import EVIDENCE
+from rpfm_edge.artifact import EVIDENCE, Artifact, finite
 from rpfm_edge.candidates import EXACT, Candidates, PlanConfig, Row
 from rpfm_edge.errors import ArtifactError, BackendError, ConfigError
 from rpfm_edge.frontier import REFUSALS, built_by
@@ -56,9 +55,10 @@ def plan_precision(graph: Artifact, data: str | Path, out: Path, config: PlanCon
         ``units`` (error, SQNR of the velocity by step, seconds saved, precision), ``frontier`` (candidates: drift from
         the float graph, frame times, violations, whether none is faster and closer), ``chosen``, and the circumstances;
         also kept as ``evidence/plan.json`` of the artifact. If nothing meets the budget, ``chosen`` is None, ``best``
-        names the nearest, and nothing is written but ``frontier.json`` and ``report.html`` in ``work_folder(out)``,
-        which are always there. Candidates that could not be made stand in ``refused`` with the reason; if the time that
-        units save cannot be measured for want of one of them, ``unmeasured`` says why.
+        names the nearest, and nothing is written to ``out``. Either way ``work_folder(out)`` gets ``frontier.json``,
+        and ``report.html`` where its libraries are installed. Candidates that could not be made stand in ``refused``
+        with the reason; if the time that units save cannot be measured for want of one of them, ``unmeasured`` says
+        why.
 
     Raises:
         ArtifactError: a graph that is quantized already.
@@ -84,10 +84,10 @@ def plan_precision(graph: Artifact, data: str | Path, out: Path, config: PlanCon
     frontier = _frontier(rows, candidates.frame_times(rows))
     result = _result(config, study, effects, saved_s, frontier)
     result |= {"refused": refused, "unmeasured": unmeasured, "pairs": pairs.names, "data": str(data)}
+    if result["chosen"]:  # kept first: what only reports must not lose it
+        _keep(next(row for row in rows if row["name"] == result["chosen"]), out, result)
     artifact.write_text(stages.folder / "frontier.json", json.dumps(finite(result), indent=1))
     _report(stages.folder / "report.html", result)
-    if result["chosen"]:
-        _keep(next(row for row in rows if row["name"] == result["chosen"]), out, result)
     return result
 
 
@@ -294,7 +294,7 @@ def _report(path: Path, result: Mapping[str, Any]) -> None:
 def _keep(row: Row, out: Path, result: Mapping[str, Any]) -> None:
     """Copy the chosen graph to ``out``, with the study as its evidence."""
     source = artifact.load(row["graph"], "graph")
-    with artifact.replacing_folder(out) as folder:
+    with artifact.replacing_folder(out, "graph") as folder:
         for name in source.files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.path / name, folder / name)

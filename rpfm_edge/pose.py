@@ -119,8 +119,8 @@ def check_pose(pose: ArrayLike, size: tuple[int, int] = FRAME) -> np.ndarray:
         x, y = points[first].tolist()
         raise InputError(
             f"keypoint {first} ({KEYPOINTS[first]}) lies at x {x:g}, y {y:g}, outside the picture",
-            expected=f"0 ≤ x ≤ {size[1]} and 0 ≤ y ≤ {size[0]}, or nan where missing",
-            fix="scale the pose to the picture, or set what lies outside to nan",
+            expected=f"0 ≤ x ≤ {size[1]} and 0 ≤ y ≤ {size[0]}, or nan (null in JSON) where missing",
+            fix="scale the pose to the picture, or set what lies outside to nan (null in JSON)",
         )
     if np.isnan(points).all():
         raise InputError("the pose has no visible keypoint", expected="at least one of 18", fix="detect the pose again")
@@ -132,7 +132,7 @@ def _shaped(pose: ArrayLike, name: str) -> np.ndarray:
     fix = "see rpfm_edge.pose.KEYPOINTS for the order"
     try:
         points = np.asarray(pose, np.float32)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InputError(f"{name} is no array of numbers", expected="18 pairs x, y", fix=fix) from None
     if points.shape != (18, 2):
         raise InputError(f"{name} has shape {list(points.shape)}", expected="[18, 2], 18 pairs x, y", fix=fix)
@@ -143,7 +143,7 @@ def _shaped(pose: ArrayLike, name: str) -> np.ndarray:
         raise InputError(
             f"keypoint {first} ({KEYPOINTS[first]}) of {name} is {points[first].tolist()}",
             expected="two finite numbers, or nan for both",
-            fix="set both x and y to nan where the keypoint is missing",
+            fix="where the keypoint is missing, set both x and y to nan (null for the pair in JSON)",
         )
     return points
 
@@ -196,7 +196,7 @@ def from_mediapipe(landmarks: ArrayLike, size: tuple[int, int] = FRAME) -> np.nd
 def _triples(points: ArrayLike, counts: tuple[int, ...], name: str) -> np.ndarray:
     try:
         array = np.array(points, np.float64)  # a copy
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         array = np.empty(0)
     if array.ndim == 1 and array.size % 3 == 0:
         array = array.reshape(-1, 3)
@@ -239,7 +239,7 @@ def read_pose(path: str | Path, size: tuple[int, int] = FRAME) -> np.ndarray:
         raise InputError(
             f"{path} cannot be read ({error.strerror})", expected="a pose file", fix="check the path"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no JSON ({error})", expected=_FORMATS, fix="export the pose as JSON") from None
     try:
         person = _first(data)

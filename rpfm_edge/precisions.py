@@ -13,10 +13,6 @@ CALIBRATED = ("int8", "fp8", "nvfp4")  # on samples
 LEAST_SAMPLES = 8  # fewer show too little of the range of an activation
 STUDENT_ONLY = ("torch", "torch-tensorrt")  # they run the student itself, not its graphs, so FP32 alone
 BACKENDS = {"fp8": ("tensorrt",), "nvfp4": ("tensorrt",)}  # a precision that is not listed runs on all
-GPUS = {
-    "fp8": "8.9 or later: Ada, Hopper, Blackwell, Jetson Thor",
-    "nvfp4": "10.0 or later: Blackwell, Jetson Thor",
-}
 
 
 def require_samples(what: str, samples: int, precisions: Iterable[str]) -> None:
@@ -48,8 +44,9 @@ def require_gpus(precision: str, capabilities: Iterable[str]) -> None:
     """Raise ``ConfigError`` for the first of ``capabilities``, such as "8.6", whose GPUs lack ``precision``."""
     for capability in capabilities:
         if jetson.supports({"compute_capability": capability}, precision) is False:
+            least, gpus = jetson.GPUS[precision]
             raise ConfigError(
                 f"GPUs of compute capability {capability} do not compute in {precision}",
-                expected=GPUS[precision],
+                expected=f"{least} or later: {gpus}",
                 fix="quantize to int8 or fp16 for them",
             )

@@ -67,5 +67,8 @@ class Runtime(Protocol):
         Raises ``SignatureError`` on feeds that do not fit, ``BackendError`` where the library cannot tell.
         """
 
+    def checked_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """``options`` over the defaults; raises ``ConfigError`` for what is unknown, out of range or cannot work."""
+
     def versions(self, options: Mapping[str, Any] | None = None) -> dict[str, str]:
         """Distribution name → version of the libraries that this backend runs on, with these options."""

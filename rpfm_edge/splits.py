@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rpfm_edge.data import Split, has_split, hold_out, open_split, sample_root
+from rpfm_edge.data import Split, has_split, hold_out, open_split, sample_root, shared_person
+from rpfm_edge.errors import InputError
 
 VALIDATION_IDENTITIES, SEED = 40, 0
 
@@ -26,6 +27,8 @@ def open_splits(data: str | Path) -> Splits:
 
     40 training identities (a tenth, if that is fewer) are kept for validation. A data set with a test split alone,
     such as the packaged ``sample``, is cut by identities: a third to judge (and validate), two thirds to train.
+
+    Raises ``InputError`` if somebody is in both lists, besides what ``open_split`` and ``hold_out`` raise.
     """
     root = sample_root() if str(data) == "sample" else Path(data)
     test = open_split(root, "test")
@@ -33,6 +36,12 @@ def open_splits(data: str | Path) -> Splits:
         training, judged = hold_out(test, 1 / 3, SEED)
         return Splits(training, judged, judged)
     train = open_split(root, "train")
+    if shared := shared_person(test.names, train.names):
+        raise InputError(
+            f"the person of {shared} is in the test and in the training list of {root}",
+            expected="other people to judge than to train",
+            fix="take that person out of one of the lists",
+        )
     identities = len(set(train.identities.tolist()))
     training, validation = hold_out(train, min(VALIDATION_IDENTITIES, max(1, identities // 10)), SEED)
     return Splits(training, validation, test)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -38,15 +39,15 @@ def sustain(
         and ``held``: the frame rate of the last fifth of the windows in multiples of the first fifth's.
 
     Raises:
-        ConfigError: less than two windows.
+        ConfigError: less than two windows, or a time that is not finite.
     """
-    count = round(60 * minutes / window_s)
-    if count < 2:
+    if not math.isfinite(minutes) or round(60 * minutes / window_s) < 2:
         raise ConfigError(
             f"a sustained run of {minutes:g} minutes",
-            expected=f"at least {2 * window_s:g} s, two windows",
-            fix="ask for more minutes",
+            expected=f"at least {2 * window_s:g} s, two windows, and finite",
+            fix="correct the minutes",
         )
+    count = round(60 * minutes / window_s)
     call()
     first, start = read(), time.perf_counter()
     windows: list[Window] = []
@@ -83,8 +84,13 @@ def _result(windows: Sequence[Window], first: State) -> dict[str, Any]:
 
 
 def write(result: Mapping[str, Any], out: Path) -> None:
-    """``sustained.json`` and ``sustained.png`` in the folder ``out``."""
+    """``sustained.json`` in the folder ``out``. A plot beside it is of other windows, and goes."""
     artifact.write_text(out / "sustained.json", json.dumps(result, indent=1))
+    (out / "sustained.png").unlink(missing_ok=True)
+
+
+def draw(result: Mapping[str, Any], out: Path) -> None:
+    """``sustained.png`` in the folder ``out``; raises ``BackendError`` without matplotlib."""
     artifact.write_bytes(out / "sustained.png", curves_png(panels(result["windows"])))
 
 

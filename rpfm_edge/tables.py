@@ -52,7 +52,8 @@ def drift(evidence: Mapping[str, Any]) -> None:
     """Every stage against teacher and truth, then poses and flicker."""
     metrics = {"psnr_db": ".1f", "ssim": ".3f", "flip": ".3f"}
     shown = table("stage", *(title for _ in range(2) for title in ("PSNR", "SSIM", "FLIP")))
-    shown.title = "medians, first against the teacher, then against the truth; PSNR in dB"
+    count = len(evidence["pairs"])
+    shown.title = f"medians of {count} pairs against the teacher, then against the truth; PSNR in dB"
     for stage in evidence["stages"]:
         cells = [
             _median(stage.get(side, {}).get(metric), digits)

@@ -15,7 +15,6 @@ import numpy as np
 
 from rpfm_edge import measure, metrics
 from rpfm_edge.artifact import Artifact
-from rpfm_edge.bundle import add_evidence
 from rpfm_edge.data import Split
 from rpfm_edge.errors import ConfigError, InputError
 from rpfm_edge.flicker import Clip, ClipConfig, missing_clips, open_clips, steadiness
@@ -200,7 +199,7 @@ def validate(
     seed: int = 0,
     filmed: ClipConfig = CLIPS,
 ) -> dict[str, Any]:
-    """Measure drift on ``count`` pairs for each backend, keep it in the bundle as evidence, and judge it by ``budget``.
+    """Measure drift on ``count`` pairs (fewer if ``split`` has no more) for each backend, and judge it by ``budget``.
 
     Stages: those of the teacher (``teacher_stages``), then the bundle on each backend; all against the teacher's
     reference solution. The ground truth is the last (``truth_stages``). The violations of the budget are those of the
@@ -215,7 +214,7 @@ def validate(
         stage = measure_stage(images, reference, pairs, videos, clips)
         stages.append({"stage": f"bundle, {plural(steps)}, {bundle.config['precision']}, {backend}", **stage})
         violations += [f"{backend}: {text}" for text in budget.check(limited(stage))]
-    evidence = {
+    return {
         **circumstances(pairs, clips, missing_measures(pairs, split, filmed)),
         "stages": stages + truth_stages(pairs, clips),
         "teacher": str(teacher),
@@ -223,8 +222,6 @@ def validate(
         "budget": {k: v for k, v in asdict(budget).items() if v is not None},
         "violations": violations,
     }
-    add_evidence(bundle, "drift", evidence)
-    return evidence
 
 
 def plural(steps: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import packages_distributions
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, cast
 
@@ -29,17 +30,23 @@ def load(name: str) -> Runtime:
     if name not in BACKENDS:
         raise BackendError(f"unknown backend {name!r}", expected=f"one of {sorted(BACKENDS)}", fix="check the spelling")
     module, needs, extra = BACKENDS[name]
-    install = f"pip install 'rpfm-edge[{extra}]'"
-    if not any(find_spec(library) for library in needs.split(" or ")):
-        raise BackendError(f"backend {name} is not installed", expected=f"the package {needs}", fix=f"run: {install}")
+    library = next((library for library in needs.split(" or ") if find_spec(library)), None)
+    if library is None:
+        install = f"run: pip install 'rpfm-edge[{extra}]'"
+        raise BackendError(f"backend {name} is not installed", expected=f"the package {needs}", fix=install)
     try:
         return cast(Runtime, import_module(module))
-    except (ImportError, OSError) as error:  # OSError: a shared library that is missing or built for another machine
+    except Exception as error:  # a broken library fails in any way: by what it lacks, or by what it checks itself
         raise BackendError(
             f"backend {name} cannot be imported ({error})",
-            expected=f"a working package {needs}",
-            fix=f"run: {install} --force-reinstall",
+            expected=f"a working package {library}",
+            fix=f"reinstall it: pip install --force-reinstall {_distribution(library)}",
         ) from error
+
+
+def _distribution(library: str) -> str:
+    """What pip calls the package ``library``, such as onnxruntime-gpu."""
+    return packages_distributions().get(library, [library])[0]
 
 
 def why_not(name: str) -> str | None:

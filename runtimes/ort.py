@@ -19,13 +19,14 @@ from rpfm_edge.metrics import import_extra
 from rpfm_edge.runtime import LayerTime, Session
 from rpfm_edge.signature import Feeds, Signature, TensorSpec
 from runtimes import profiling
-from runtimes.options import checked
+from runtimes.options import THREADS, checked
 from runtimes.session import guarded, require_signature
 
 name = "onnxruntime"
 MODEL = "model.onnx"
 DEFAULTS = {"provider": "CPUExecutionProvider", "threads": 0}  # 0: all cores
 KERNEL, CAST, BLOCKED = "_kernel_time", "InsertedPrecisionFreeCast_", "_nchwc"  # around names in a profile
+SESSION = onnxruntime.InferenceSession  # looked up at import: a half uninstalled onnxruntime is an empty package
 DTYPES = {"float": "float32"}  # where ONNX Runtime's name is not numpy's
 
 
@@ -72,7 +73,7 @@ def profile(
     option = checked_options(options)
     if option["provider"] != DEFAULTS["provider"]:
         profiling.refuse("onnxruntime", f"its profiler times only the launch of kernels on {option['provider']}")
-    onnx = import_extra("onnx", "quantize")
+    onnx = import_extra("onnx", "profile")
     with TemporaryDirectory() as folder:
         loaded = _load(engine / MODEL, signature, option, Path(folder) / "profile")
         names = [spec.name for spec in signature.outputs]
@@ -90,7 +91,7 @@ def versions(options: Mapping[str, Any] | None = None) -> dict[str, str]:
 
 def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """``options`` over ``DEFAULTS``; ``BackendError`` for a provider that this build of ONNX Runtime lacks."""
-    option = checked("onnxruntime", DEFAULTS, options, {})
+    option = checked("onnxruntime", DEFAULTS, options, {"threads": THREADS})
     found = onnxruntime.get_available_providers()
     if option["provider"] not in found:
         raise BackendError(
@@ -147,7 +148,7 @@ def _session(path: Path, option: Mapping[str, Any], profile: Path | None = None)
         settings.enable_profiling, settings.profile_file_prefix = True, str(profile)
     settings.intra_op_num_threads = option["threads"]
     settings.log_severity_level = 3  # errors: warnings about providers are turned into one below
-    session = onnxruntime.InferenceSession(path, settings, providers=[option["provider"]])
+    session = SESSION(path, settings, providers=[option["provider"]])
     if session.get_providers()[0] != option["provider"]:
         raise BackendError(
             f"ONNX Runtime falls back from {option['provider']} to {session.get_providers()[0]}",

@@ -13,12 +13,11 @@ import openvino
 from openvino import opset13, passes
 
 from rpfm_edge.artifact import Artifact
-from rpfm_edge.cache import cache_folder
 from rpfm_edge.errors import ArtifactError, BackendError, ConfigError
 from rpfm_edge.runtime import LayerTime, Session
 from rpfm_edge.signature import Feeds, Signature, TensorSpec
 from runtimes import profiling
-from runtimes.options import checked
+from runtimes.options import THREADS, checked
 from runtimes.session import guarded, require_signature
 
 name = "openvino"
@@ -31,7 +30,7 @@ DEFAULTS = {
 }
 ADDED = r"(/WithoutBiases|/DequantizationMultiply|/DequantizationSubtract|_original)$"  # to the names of ONNX nodes
 NARROW = ("i4", "i8", "u8", "f16")  # types of weights that are stored as they are
-CHOICES = {"hint": ("LATENCY", "THROUGHPUT"), "precision_hint": ("f32", "bf16", "f16")}
+CHOICES = {"threads": THREADS, "hint": ("LATENCY", "THROUGHPUT"), "precision_hint": ("f32", "bf16", "f16")}
 
 
 def build(graph: Artifact, name: str, engine: Path, options: Mapping[str, Any]) -> None:
@@ -68,14 +67,12 @@ def build(graph: Artifact, name: str, engine: Path, options: Mapping[str, Any]) 
 
 @contextmanager
 def open(engine: Path, signature: Signature, options: Mapping[str, Any]) -> Iterator[Session]:
-    """Compile the IR of ``engine``; the compiled form is kept in the user's cache, never in ``engine``.
+    """Compile the IR of ``engine``. OpenVINO's own cache is not used: it loads what was damaged, and grows for ever.
 
     A writeable, C-contiguous input is read where it lies, during ``run`` only, so changing it between runs is safe; it
     is kept alive until another array takes its place. Any other input is copied in every ``run``.
     """
     core = openvino.Core()
-    if cache := cache_folder("openvino"):
-        core.set_property({"CACHE_DIR": str(cache)})
     _, compiled = _load(core, engine / MODEL, signature, compile_settings(core, options))
     with guarded("openvino", signature, _Request(compiled, signature)) as session:
         yield session
@@ -120,6 +117,18 @@ def devices() -> dict[str, str]:
     return {device: str(core.get_property(device, "FULL_DEVICE_NAME")) for device in core.available_devices}
 
 
+def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` over ``DEFAULTS``; ``ConfigError`` for what is unknown, out of range or does not fit the device."""
+    option = checked("openvino", DEFAULTS, options, CHOICES)
+    if option["threads"] and option["device"] != "CPU":
+        raise ConfigError(
+            f"openvino option threads is {option['threads']} on {option['device']}",
+            expected="threads for device CPU only",
+            fix="leave threads out",
+        )
+    return option
+
+
 def compile_settings(core: openvino.Core, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Device and properties for ``Core.compile_model``: the one place where options become OpenVINO's settings.
 
@@ -127,7 +136,7 @@ def compile_settings(core: openvino.Core, options: Mapping[str, Any]) -> tuple[s
         ConfigError: an option that is unknown or does not fit the device.
         BackendError: the device is not in this machine.
     """
-    option = checked("openvino", DEFAULTS, options, CHOICES)
+    option = checked_options(options)
     device, found = option["device"], core.available_devices
     if device != "AUTO" and device not in {*found, *(one.split(".")[0] for one in found)}:
         raise BackendError(
@@ -137,12 +146,6 @@ def compile_settings(core: openvino.Core, options: Mapping[str, Any]) -> tuple[s
         )
     settings = {"PERFORMANCE_HINT": option["hint"], "INFERENCE_PRECISION_HINT": option["precision_hint"]}
     if option["threads"]:
-        if device != "CPU":
-            raise ConfigError(
-                f"openvino option threads is {option['threads']} on {device}",
-                expected="threads for device CPU only",
-                fix="leave threads out",
-            )
         settings["INFERENCE_NUM_THREADS"] = option["threads"]
     return device, settings
 

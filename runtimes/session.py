@@ -9,7 +9,7 @@ from threading import Lock
 
 import numpy as np
 
-from rpfm_edge.errors import ArtifactError, BackendError
+from rpfm_edge.errors import ArtifactError, BackendError, RpfmError
 from rpfm_edge.signature import Feeds, Signature, TensorSpec
 
 Call = Callable[[Feeds], dict[str, np.ndarray]]
@@ -24,11 +24,25 @@ class GuardedSession:
         self._lock = Lock()
 
     def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
-        """Outputs by name, owned by the caller; ``SignatureError`` on unfit feeds, ``BackendError`` once closed."""
+        """Outputs by name, owned by the caller.
+
+        Raises:
+            SignatureError: unfit feeds.
+            BackendError: the session is closed, or the library fails, for want of memory most of all.
+        """
         with self._lock:
             call = self.require_open()
             self.signature.check(feeds)
-            return call(feeds)
+            try:
+                return call(feeds)
+            except RpfmError:
+                raise
+            except Exception as error:  # each library has its own, some without a base class but this one
+                raise BackendError(
+                    f"{self.backend} failed while it ran ({type(error).__name__}: {_line(error)})",
+                    expected="an engine that fits the machine, and enough memory",
+                    fix="free some memory, or build the engine again",
+                ) from error
 
     def keep(self, array: np.ndarray) -> np.ndarray:
         """An array equal to ``array``, in the form that this session takes fastest again and again."""
@@ -56,6 +70,10 @@ def guarded(backend: str, signature: Signature, call: Call) -> Iterator[GuardedS
         yield session
     finally:
         session.close()
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def require_signature(where: Path, found: Signature, expected: Signature) -> None:

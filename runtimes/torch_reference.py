@@ -23,7 +23,7 @@ from rpfm_edge.errors import ArtifactError, BackendError, SignatureError
 from rpfm_edge.runtime import LayerTime, Session
 from rpfm_edge.signature import Feeds, Signature
 from runtimes import profiling
-from runtimes.options import checked
+from runtimes.options import THREADS, checked
 from runtimes.session import guarded
 
 name = "torch"
@@ -38,7 +38,7 @@ def build(graph: Artifact, name: str, engine: Path, options: Mapping[str, Any]) 
 
     Options: ``DEFAULTS``.
     """
-    checked("torch", DEFAULTS, options, {})
+    checked_options(options)
     graph.file(f"{name}.onnx")  # the same refusal of an unknown graph as everywhere
     require_student(graph, "torch")
     shutil.copytree(graph.path / STUDENT, engine / STUDENT)
@@ -49,7 +49,7 @@ def build(graph: Artifact, name: str, engine: Path, options: Mapping[str, Any]) 
 @contextmanager
 def open(engine: Path, signature: Signature, options: Mapping[str, Any]) -> Iterator[Session]:
     """Make the graph of ``engine`` by its factory. ``threads`` is set for the whole process, until leaving."""
-    threads = checked("torch", DEFAULTS, options, {})["threads"]
+    threads = checked_options(options)["threads"]
     torch = _torch()
     graph = _graph(engine)
 
@@ -76,6 +76,11 @@ def profile(
 def versions(options: Mapping[str, Any] | None = None) -> dict[str, str]:
     """The version of torch."""
     return {"torch": str(_torch().__version__)}
+
+
+def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` over ``DEFAULTS``; ``ConfigError`` for what is unknown or out of range."""
+    return checked("torch", DEFAULTS, options, {"threads": THREADS})
 
 
 def require_student(graph: Artifact, backend: str) -> None:

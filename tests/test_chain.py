@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -76,12 +77,26 @@ def test_backends_render_the_same_picture(chain: dict[str, Path]) -> None:
 def test_validate_measures_and_keeps_the_evidence(chain: dict[str, Path], tmp_path: Path) -> None:
     budget = tmp_path / "budget.toml"
     budget.write_text("[drift]\npsnr_db_min = 1.0\nssim_min = 1.0\n")
-    found = api.validate(chain["bundle"], chain["teacher"], "sample", budget, "onnxruntime", pairs=3)
-    names = [stage["stage"] for stage in found["stages"]]
-    assert names[:3] == ["teacher, reference", "teacher, 2 steps", "bundle, 2 steps, fp32, onnxruntime"]
-    assert len(found["violations"]) == 1
-    assert "ssim" in found["violations"][0]
+    found = api.validate(chain["bundle"], chain["teacher"], "sample", budget, pairs=3)
+    bundles = [f"bundle, 2 steps, fp32, {backend}" for backend in ("openvino", "onnxruntime", "torch")]
+    assert [stage["stage"] for stage in found["stages"]][:5] == ["teacher, reference", "teacher, 2 steps", *bundles]
+    assert [text.split()[:2] for text in found["violations"]] == [
+        [f"{backend}:", "ssim"] for backend in ("openvino", "onnxruntime", "torch")
+    ]
     assert api.inspect(chain["bundle"])["evidence"]["drift"]["violations"] == found["violations"]
+
+
+def test_validating_one_backend_leaves_the_evidence_of_all(chain: dict[str, Path]) -> None:
+    def kept() -> Any:
+        return api.inspect(chain["bundle"])["evidence"].get("drift")
+
+    api.validate(chain["bundle"], chain["teacher"], "sample", pairs=2)
+    before = kept()
+    found = api.validate(chain["bundle"], chain["teacher"], "sample", backend="onnxruntime", pairs=2, seed=1)
+    stages = [stage["stage"] for stage in found["stages"] if stage["stage"].startswith("bundle")]
+    assert stages == ["bundle, 2 steps, fp32, onnxruntime"]
+    assert before
+    assert kept() == before
 
 
 def test_evidence_does_not_change_who_the_bundle_is(chain: dict[str, Path]) -> None:

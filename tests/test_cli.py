@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import shutil
 import signal
 import struct
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ import runtimes
 from distill import rpfm
 from rpfm_edge import api, artifact, cli
 from rpfm_edge.artifact import Artifact, file_digest
-from rpfm_edge.bundle import add_evidence
 from rpfm_edge.errors import ArtifactError, ConfigError, InputError, SignatureError
 from rpfm_edge.pipeline import Pipeline
 from tests.distill.tiny import SIZE
@@ -145,6 +145,8 @@ POSES = {
     "17 COCO pairs": (json.dumps({"keypoints": [[1, 2]] * 17}), "COCO"),
     "outside": (points({4: [48.5, 20]}), "keypoint 4 (right_wrist)"),
     "far outside": (points({0: [20, -1e9]}), "keypoint 0 (nose)"),
+    "no float": (points({4: [10**400, 20]}), "no array of numbers"),
+    "no float in COCO": (json.dumps({"keypoints": [10**400, 1, 2] * 17}), "COCO"),
     "half a nan": (points({3: [float("nan"), 20]}), "keypoint 3 (right_elbow)"),
     "infinity": (points({3: [float("inf"), 20]}), "keypoint 3 (right_elbow)"),
     "only nan": (json.dumps({"keypoints": [[float("nan")] * 2] * 18}), "nobody"),
@@ -256,6 +258,11 @@ def test_a_person_of_another_bundle(made: dict[str, Path], tmp_path: Path) -> No
         person = theirs.prepare(made["source"])
         with pytest.raises(InputError, match=r"prepared by another bundle: .*; prepare the source again\."):
             ours.render(person, np.full((18, 2), 20.0))
+        skeleton = np.zeros((*SIZE, 3), np.uint8)
+        with pytest.raises(InputError, match="prepared by another bundle"):
+            ours.render_skeleton(person, skeleton)
+        with pytest.raises(InputError, match="the person is a str: expected a person of this bundle's prepare"):
+            ours.render_skeleton("x", skeleton)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 32, 22), (8, 8, 6), (0,)])
@@ -280,7 +287,7 @@ def test_a_recipe_with_an_unknown_key(call: Call, tmp_path: Path) -> None:
 
 
 def test_an_unknown_backend(call: Call, made: dict[str, Path], tmp_path: Path) -> None:
-    known = "['onnxruntime', 'openvino', 'tensorrt', 'torch', 'torch-tensorrt']"
+    known = str(sorted(runtimes.BACKENDS))
     is_fault(render(call, made, tmp_path / "out.png", backend="tensorflow"), "'tensorflow'", known)
     is_fault(call("bench", made["bundle"], "--backend", "tensorflow"), "'tensorflow'", known)
     is_fault(call("build", made["graph"], "--target", "tensorflow", "--out", tmp_path / "b"), "'tensorflow'", known)
@@ -293,6 +300,20 @@ def test_a_backend_that_the_bundle_was_not_built_for(call: Call, made: dict[str,
     fix = f"rpfm-edge build {made['bundle']} --target openvino"
     is_fault(render(call, made, tmp_path / "out.png", backend="openvino"), "no engine for openvino", fix)
     is_fault(call("bench", made["bundle"], "--backend", "openvino"), "no engine for openvino", fix)
+    ended = render(call, made, tmp_path / "out.png", backend="torch")
+    is_fault(ended, "no engine for torch", "build it from the graph, which has the student")
+    spaced = shutil.copytree(made["bundle"], tmp_path / "a bundle")
+    ended = render(call, made, tmp_path / "out.png", backend="openvino", bundle=spaced)
+    is_fault(ended, f"rpfm-edge build '{spaced}' --target openvino --out '{spaced}'")
+
+
+def test_the_fix_for_a_missing_engine_works(call: Call, made: dict[str, Path], tmp_path: Path) -> None:
+    bundle = shutil.copytree(made["bundle"], tmp_path / "a bundle")
+    said = render(call, made, tmp_path / "out.png", backend="openvino", bundle=bundle).err
+    command = shlex.split(said.partition("run: ")[2].removesuffix(".\n"))
+    assert command[0] == "rpfm-edge"
+    assert call(*command[1:]).code == 0
+    assert render(call, made, tmp_path / "out.png", backend="openvino", bundle=bundle).code == 0
 
 
 def test_a_backend_that_is_not_installed(
@@ -344,6 +365,20 @@ BAD_OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "no steps": (("quantize", "{student}", "--data", "sample", "--steps", "0"), ("0 steps", "at least 1")),
     "negative steps": (("quantize", "{student}", "--data", "sample", "--steps", "-1"), ("-1 steps", "at least 1")),
     "steps of a graph": (("quantize", "{graph}", "--data", "sample", "--steps", "2"), ("2 steps", "leave steps out")),
+    "no data": (("quantize", "{graph}"), ("no data for precision int8", "give --data")),
+    "no data to plan on": (
+        ("quantize", "{graph}", "--precision", "auto", "--target", "onnxruntime"),
+        ("no data for precision auto", "give --data"),
+    ),
+    "precision without qad": (
+        ("distill", "{teacher}", "--data", "sample", "--precision", "int8"),
+        ("precision is an option of the method qad", "change the method"),
+    ),
+    "trajectories with qad": (
+        ("distill", "{student}", "--data", "sample", "--method", "qad", "--trajectories", "9"),
+        ("trajectories is no option of the method qad", "change the method"),
+    ),
+    "seed": (("distill", "{teacher}", "--data", "sample", "--seed", "9" * 20), ("seed = 9999", "less than 2 ** 63")),
     "samples": (("quantize", "{graph}", "--data", "sample", "--samples", "2"), ("2 calibration samples", "at least 8")),
 }
 
@@ -356,10 +391,28 @@ def test_an_option_that_cannot_be(call: Call, made: dict[str, Path], tmp_path: P
     assert left == []
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int4-weights"])
+def test_data_is_only_for_what_is_calibrated(call: Call, made: dict[str, Path], tmp_path: Path, precision: str) -> None:
+    ended = call("quantize", made["graph"], "--precision", precision, "--out", tmp_path / "out")
+    assert ended.code == 0, ended.err
+    assert artifact.load(tmp_path / "out", "graph").config["precision"] == precision
+
+
 def test_counts_that_cannot_be(call: Call, made: dict[str, Path]) -> None:
     against = ("--against", made["teacher"], "--data", "sample")
     is_fault(call("validate", made["bundle"], *against, "--pairs", "0"), "0 pairs", "at least 1")
     is_fault(call("bench", made["bundle"], "--runs", "0"), "0 measured runs")
+    for seconds in ("inf", "nan", "-1"):
+        is_fault(call("bench", made["bundle"], "--seconds", seconds), f"{seconds} seconds", "finite and at least 0")
+        is_fault(call("bench", made["bundle"], "--save", "x", "--seconds", seconds), f"{seconds} s within 120 s")
+
+
+@pytest.mark.parametrize("judged", ["--save", "--gate", "--against"])
+@pytest.mark.parametrize("timed", [["--stages"], ["--sustained", "1"]])
+def test_a_judgement_and_a_look_at_the_times_are_two_things(
+    call: Call, made: dict[str, Path], judged: str, timed: list[str]
+) -> None:
+    is_fault(call("bench", made["bundle"], judged, "x", *timed), f"{judged} and {timed[0]} at once")
 
 
 def test_a_budget_that_cannot_be(call: Call, made: dict[str, Path], tmp_path: Path) -> None:
@@ -433,6 +486,24 @@ def test_a_full_disk_leaves_the_old_bundle(
     assert artifact.load(bundle, "bundle").digest == artifact.load(made["bundle"]).digest
 
 
+def test_a_full_disk_while_a_folder_is_copied(
+    call: Call, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``shutil`` lists every file that it could not copy; the first is enough."""
+
+    def full(*arguments: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fill(*arguments: Any) -> None:
+        monkeypatch.setattr(os, "sendfile", full)  # what shutil copies with on Linux
+
+    monkeypatch.setattr(runtimes.load("torch"), "require_student", fill)  # the last that it does before it copies
+    ended = call("build", made["graph"], "--target", "torch", "--out", tmp_path / "bundle")
+    is_fault(ended, "No space left on device", "free space", str(tmp_path), "student")
+    assert len(ended.err) < 600
+    assert contents(tmp_path) == {}
+
+
 LIMITED = """
 import resource
 from rpfm_edge.cli import main
@@ -470,29 +541,27 @@ def test_a_kill_in_the_middle_of_a_build_leaves_the_old_bundle(made: dict[str, P
             artifact.load(half)
 
 
-@pytest.mark.parametrize("writes", [0, 1, 2])
-def test_evidence_that_is_cut_off_leaves_a_sound_bundle(
-    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "xs", "--data", "sample"],
+        ["distill", "teacher:xs", "--data", "sample"],
+        ["quantize", "student:xs", "--data", "sample"],
+        ["quantize", "student:xs", "--data", "sample", "--precision", "auto", "--target", "onnxruntime"],
+        ["build", "GRAPH", "--target", "onnxruntime"],
+    ],
+    ids=["train", "distill", "quantize", "plan", "build"],
+)
+def test_a_folder_of_the_user_is_no_place_to_write_to(
+    call: Call, made: dict[str, Path], tmp_path: Path, command: list[str]
 ) -> None:
-    bundle = artifact.load(shutil.copytree(made["bundle"], tmp_path / "bundle"))
-    bundle = add_evidence(bundle, "speed", {"first": 1})
-    done: list[Path] = []
-    write_text = artifact.write_text
-
-    def dying(path: Path, text: str) -> None:
-        if len(done) == writes:
-            raise KeyboardInterrupt
-        done.append(path)
-        write_text(path, text)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(artifact, "write_text", dying)
-        with pytest.raises(KeyboardInterrupt):
-            add_evidence(bundle, "speed", {"second": 2})
-    assert artifact.load(bundle.path, "bundle").digest == bundle.digest
-    assert api.inspect(add_evidence(artifact.load(bundle.path), "speed", {"third": 3}).path)["evidence"] == {
-        "speed": {"third": 3}
-    }
+    """It is refused before the work, and left as it is."""
+    holiday = tmp_path / "holiday"
+    holiday.mkdir()
+    (holiday / "photo.jpg").write_bytes(b"jpeg")
+    given = [str(made["graph"]) if word == "GRAPH" else word for word in command]
+    is_fault(call(*given, "--out", holiday), "holiday holds something else: expected a new folder")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["holiday", "holiday/photo.jpg"]
 
 
 def test_an_interruption_says_that_finished_work_is_kept(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -503,6 +572,34 @@ def test_an_interruption_says_that_finished_work_is_kept(call: Call, monkeypatch
     ended = call("inspect", "anything")
     assert (ended.code, ended.out) == (130, "")
     assert ended.err == "rpfm-edge: interrupted; finished stages are kept.\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_command_that_is_ended_leaves_nothing_for_long(made: dict[str, Path], tmp_path: Path, number: int) -> None:
+    """Terminated, it cleans up; killed, the next one does."""
+    out = tmp_path / "int8"
+    code = f"""
+import sys, time; sys.path = {sys.path!r}
+from rpfm_edge import api, cli
+def slow(*_):
+    print("quantizing", flush=True)
+    time.sleep(60)
+api._quantize_graph = slow
+sys.argv = ["rpfm-edge", "quantize", {str(made["graph"])!r}, "--data", "sample", "--out", {str(out)!r}]
+cli.main()
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "quantizing\n"
+        process.send_signal(number)
+        complaint = process.communicate(timeout=30)[1]
+    if number == signal.SIGTERM:
+        assert (process.returncode, complaint) == (143, "rpfm-edge: terminated; finished stages are kept.\n")
+    else:
+        assert len(list(tmp_path.iterdir())) == 1
+        api.quantize(made["graph"], "sample", out, "fp16")
+    assert [path.name for path in tmp_path.iterdir()] == (["int8"] if number == signal.SIGKILL else [])
 
 
 # As a program ---------------------------------------------------------------------------------------------------------
@@ -577,6 +674,24 @@ def test_render_and_inspect_as_json(call: Call, made: dict[str, Path], tmp_path:
     assert last_json(call("inspect", made["bundle"], "--json"))["digest"] == artifact.load(made["bundle"]).digest
 
 
+def test_inspect_prints_paths_as_they_are(call: Call, made: dict[str, Path], tmp_path: Path) -> None:
+    path = shutil.copytree(made["bundle"], tmp_path / "a [test] b" / ("long " * 20) / "k[" / "x]" / "bundle")
+    ended = call("inspect", path)
+    assert ended.code == 0, ended.err
+    assert f"bundle {path}  digest {artifact.load(path).digest[:12]}, every sha256 is right\n" in ended.out
+    lineage = [line for line in ended.out.splitlines() if line.startswith("  ← ")]
+    assert len(lineage) == len(artifact.load(path).lineage)
+    assert all(line.endswith(")") for line in lineage)
+
+
+def test_an_old_code_page(made: dict[str, Path]) -> None:
+    command = [sys.executable, "-m", "rpfm_edge.cli", "inspect", str(made["bundle"])]
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, env=environment)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert b"  ? build  (" in ended.stdout
+
+
 def test_bench_as_json_and_as_a_table(call: Call, made: dict[str, Path], tmp_path: Path) -> None:
     bundle = shutil.copytree(made["bundle"], tmp_path / "bundle")
     ended = call("bench", bundle, "--runs", 3, "--seconds", 0.01, "--json")
@@ -598,8 +713,21 @@ def test_validate_exits_with_1_when_over_the_budget(call: Call, made: dict[str, 
     assert f"over budget {record['violations'][0]}" in ended.out
 
 
+def test_validate_says_how_many_pairs_there_were(
+    call: Call, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, splits = shutil.copytree(made["bundle"], tmp_path / "bundle"), api.open_splits("sample")
+    few = replace(splits, test=replace(splits.test, pairs=splits.test.pairs[:3]))
+    monkeypatch.setattr(api, "open_splits", lambda _: few)
+    arguments = ("validate", bundle, "--against", made["teacher"], "--data", "sample")
+    ended = call(*arguments, "--pairs", 5)
+    assert "medians of 3 pairs" in " ".join(ended.out.split())
+    assert "3 pairs instead of 5: the test split has no more" in ended.out
+    assert "instead of" not in call(*arguments, "--pairs", 3).out
+
+
 def test_json_has_no_infinity(capsys: pytest.CaptureFixture[str]) -> None:
-    cli._finish({"psnr_db": [float("inf"), 3.0], "deep": {"nan": float("nan")}, "words": "inf"}, as_json=True)
+    cli._finish({"psnr_db": [float("inf"), 3.0], "deep": {"nan": float("nan")}, "words": "inf"})
     assert json.loads(capsys.readouterr().out) == {"psnr_db": [None, 3.0], "deep": {"nan": None}, "words": "inf"}
 
 

@@ -10,8 +10,9 @@ import cv2
 import numpy as np
 import pytest
 
-from rpfm_edge.data import draw_batch, hold_out, open_split, read_clip
+from rpfm_edge.data import draw_batch, hold_out, open_split, read_clip, shared_person
 from rpfm_edge.errors import BackendError, ConfigError, InputError
+from rpfm_edge.pose import write_pose
 from rpfm_edge.splits import open_splits
 
 FLAT = "fashionWOMENDressesid0000713204_4full.jpg"
@@ -241,11 +242,44 @@ def test_broken_headers_and_pairs(layout_a: Path) -> None:
     with pytest.raises(InputError, match=r"pairs-train\.csv names 2 pictures that have no keypoints, q_1\.jpg first"):
         open_split(layout_a, "train")
     pairs.unlink()
-    with pytest.raises(InputError, match=r"pairs-train\.csv cannot be read"):
+    with pytest.raises(
+        InputError, match=r"has no fasion-resize-pairs-train\.csv: expected the pairs of its annotation"
+    ):
         open_split(layout_a, "train")
     annotation.write_text("name,x,y\n")
     with pytest.raises(InputError, match=r"line 1 of .*annotation-train\.csv is broken"):
         open_split(layout_a, "train")
+
+
+def test_a_name_that_is_listed_twice(layout_a: Path) -> None:
+    file = layout_a / "fasion-resize-annotation-train.csv"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines, lines[4]]))
+    with pytest.raises(InputError, match=r"line 17 of .*train\.csv is broken: expected p01_0\.jpg only once"):
+        open_split(layout_a, "train")
+
+
+def test_lists_that_a_spreadsheet_has_saved(layout_a: Path) -> None:
+    """They begin with a byte order mark, and lines end as on Windows."""
+    plain = open_split(layout_a, "train")
+    for kind in ("annotation", "pairs"):
+        file = layout_a / f"fasion-resize-{kind}-train.csv"
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    saved = open_split(layout_a, "train")
+    assert saved.names == plain.names
+    np.testing.assert_array_equal(saved.pairs, plain.pairs)
+
+
+@pytest.mark.parametrize("name", ["p{}/{}.jpg", "{}{}.jpg"])
+def test_pairs_of_pictures_whose_names_tell_two_people(name: str, tmp_path: Path) -> None:
+    names = [name.format(person, k) for person in range(3) for k in range(2)]
+    for folder in {(tmp_path / "train_highres" / one).parent for one in names}:
+        folder.mkdir(parents=True)
+    write_layout_a(tmp_path, names, [(names[0], names[1])])
+    with pytest.raises(
+        InputError, match=rf"pairs {names[0]} with {names[1]}, by their names two people: expected names whose start"
+    ):
+        open_split(tmp_path, "train")
 
 
 def test_missing_and_unreadable_pictures(layout_a: Path) -> None:
@@ -264,6 +298,33 @@ def test_missing_and_unreadable_pictures(layout_a: Path) -> None:
 def test_no_clip(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is no clip: expected a folder with annotation\.csv"):
         read_clip(tmp_path)
+
+
+# Your own pictures
+
+
+def test_the_recipe_of_the_docs_stretches_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A square picture and its pose are padded to the frame, as ``prepare`` pads them."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("pictures", "poses"):
+        (tmp_path / folder).mkdir()
+    square = np.zeros((440, 440, 3), np.uint8)
+    square[210:230, 210:230] = 255
+    points = np.full((18, 2), np.nan, np.float32)
+    points[0] = 220, 220
+    for stem, suffix in (("a_0", "jpg"), ("a_1", "PNG"), ("b_0", "jpg")):
+        cv2.imwrite(f"pictures/{stem}.{suffix}", square)
+        write_pose(f"poses/{stem}.json", points, (440, 440))
+    text = (Path(__file__).parents[1] / "docs/data.md").read_text().partition("## Your own pictures")[2]
+    exec(text.partition("```python\n")[2].partition("```")[0], {})
+    split = open_split("mine", "test")
+    assert split.names == ("a_0.png", "a_1.png", "b_0.png")
+    assert split.pairs.tolist() == [[0, 1], [1, 0]]
+    for index in range(3):
+        rows, columns = np.nonzero(split.image(index)[..., 0] > 128)
+        assert (np.ptp(rows), np.ptp(columns)) == (7, 7)
+        np.testing.assert_allclose(split.keypoints[index, 0], (columns.mean(), rows.mean()), atol=1)
+        assert np.isnan(split.keypoints[index, 1:]).all()
 
 
 # Holding out, and batches
@@ -290,10 +351,11 @@ def test_hold_out_is_drawn_by_the_seed(layout_a: Path) -> None:
     assert len({hold_out(whole, 2, seed)[1].names for seed in range(20)}) > 4
 
 
-def test_pairs_across_the_cut_are_dropped(tmp_path: Path) -> None:
-    write_layout_a(tmp_path, ["a_0.jpg", "a_1.jpg", "b_0.jpg"], [("a_0.jpg", "b_0.jpg"), ("a_0.jpg", "a_1.jpg")])
-    parts = hold_out(open_split(tmp_path, "train"), 1, 0)
-    assert sorted(len(part.pairs) for part in parts) == [0, 1]
+@pytest.mark.parametrize(("names", "people"), [([f"IMG_{k}.jpg" for k in range(9)], 1), ([], 0)])
+def test_nobody_to_hold_out(names: list[str], people: int, tmp_path: Path) -> None:
+    write_layout_a(tmp_path, names, [], "test")
+    with pytest.raises(InputError, match=rf"has too few identities to hold some out: {people}: expected 2 or more"):
+        open_splits(tmp_path)
 
 
 @pytest.mark.parametrize("amount", [0, 5, -1, 0.0, 1.0])
@@ -360,3 +422,21 @@ def test_validation_people_neither_train_nor_judge(tmp_path: Path) -> None:
     people = [{name.partition("_")[0] for name in one.names} for one in (found.training, found.validation, found.test)]
     assert [len(one) for one in people] == [11, 1, 3]
     assert len(set.union(*people)) == 15
+
+
+def test_somebody_who_trains_must_not_judge(tmp_path: Path) -> None:
+    names = people_names(12, 2)
+    write_layout_a(tmp_path, names, all_pairs(names))
+    write_layout_a(tmp_path, ["q0_0.jpg", "p03_7.jpg", "p05_9.jpg"], [], "test")
+    with pytest.raises(InputError, match=r"the person of p03_7\.jpg is in the test and in the training list of"):
+        open_splits(tmp_path)
+
+
+def test_deepfashion_is_cut_by_garment_and_colour(tmp_path: Path) -> None:
+    """Its lists hold some garments twice, in another colour each: that is no reason to refuse them."""
+    dress, denim = FLAT, "fashionMENDenimid0000008001_{}.jpg"
+    train = [dress, *(denim.format(view) for view in ("1front", "3back"))]
+    write_layout_a(tmp_path, train, [(train[1], train[2])])
+    write_layout_a(tmp_path, [dress.replace("04_", "05_")], [], "test")
+    assert open_splits(tmp_path).test.names == (dress.replace("04_", "05_"),)
+    assert shared_person([denim, NESTED], [dress]) == NESTED  # however they are written

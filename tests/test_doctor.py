@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import subprocess
 import sys
 import time
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,9 @@ import pytest
 import rpfm_edge
 import runtimes
 from rpfm_edge import doctor
+from rpfm_edge.artifact import Artifact
+from rpfm_edge.errors import BackendError, ConfigError
+from runtimes import trt_cuda
 
 ROOT = Path(rpfm_edge.__file__).parent.parent
 
@@ -45,8 +51,39 @@ def test_diagnosis_is_of_this_machine(diagnosis: dict[str, Any]) -> None:
 
 
 def test_backends_are_those_that_load(diagnosis: dict[str, Any]) -> None:
-    assert diagnosis["backends"] == runtimes.available()
+    assert set(diagnosis["backends"]) == set(runtimes.BACKENDS)
+    for library in ("openvino", "onnxruntime", "torch"):  # whose backends need nothing but the library
+        assert (diagnosis["backends"][library] is None) == (find_spec(library) is not None)
     assert bool(diagnosis["openvino_devices"]) == (diagnosis["backends"]["openvino"] is None)
+
+
+BROKEN = {  # how a broken library shows itself when it is imported
+    "attribute": "import sys\nsys.no_such_name",
+    "runtime": "raise RuntimeError('built for another machine')",
+    "empty": None,  # what pip leaves where it uninstalled one of two distributions of the same package
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_onnxruntime_does_not_break_the_others(kind: str, tiny_graph: Artifact, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    stub = tmp_path / "stubs" / "onnxruntime"
+    stub.mkdir(parents=True)
+    (stub / "__init__.py").write_text(BROKEN[kind] or "")
+    script = """
+import json, sys
+from rpfm_edge import api
+api.build(sys.argv[1], sys.argv[2], "openvino")
+print(json.dumps(api.doctor()["backends"]))
+"""
+    command = [sys.executable, "-c", script, str(tiny_graph.path), str(tmp_path / "bundle")]
+    paths = os.pathsep.join([str(stub.parent), str(ROOT)])
+    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout.splitlines()[-1])
+    assert "backend onnxruntime cannot be imported" in found["onnxruntime"]
+    assert found["openvino"] is None
+    assert (tmp_path / "bundle" / "engines" / "openvino").is_dir()
 
 
 def test_is_quick(diagnosis: dict[str, Any]) -> None:
@@ -75,6 +112,33 @@ def test_the_pip_line_of_a_missing_backend(
     found = doctor.diagnose()
     assert found["openvino_devices"] == {}
     assert "pip install 'rpfm-edge[openvino]'" in shown(found, capsys, monkeypatch)
+
+
+@pytest.mark.parametrize(("library", "words"), [("tensorrt-rtx", "builds only"), ("tensorrt", "not usable")])
+def test_tensorrt_without_a_gpu(
+    library: str,
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    diagnosis: dict[str, Any],
+) -> None:
+    def none_here() -> None:
+        raise BackendError("no NVIDIA GPU can be used", expected="a GPU", fix="run on the device")
+
+    monkeypatch.setattr(trt_cuda, "device", none_here)
+    monkeypatch.setattr(runtimes, "available", lambda: {"tensorrt": None, "torch": None})
+    found = doctor.diagnose() | {"versions": {library: "10.0"}}
+    assert found["backends"] == {"tensorrt": None, "torch": None}
+    text = shown(found, capsys, monkeypatch)
+    assert f"{words}: no NVIDIA GPU can be used: expected a GPU; run on the device." in text
+    assert text.count("│ usable") == 1  # torch
+    monkeypatch.setattr(trt_cuda, "device", lambda: None)
+    assert doctor.diagnose()["no_gpu"] is None
+
+
+def test_an_unknown_precision() -> None:
+    with pytest.raises(ConfigError, match=r"unknown precision 'nonsense': expected one of \('fp32', .*'nvfp4'\)"):
+        doctor.diagnose("nonsense")
 
 
 def test_cpu_flags() -> None:
@@ -126,11 +190,18 @@ def test_missing_extras(
         "pytest>=7 ; extra == 'whole'",
         'no-such.library[speed]>=2,<3; python_version < "4" and extra == "openvino"',
         "numpy; extra == 'openvino'",
+        "no-such-library>=1; extra == 'all'",
+        "no-such-library; extra == 'all'",
+        "tensorrt>=10; extra == 'tensorrt'",
     )
     lines = "".join(f"Requires-Dist: {requirement}\n" for requirement in requirements)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: rpfm-edge\nVersion: 9.9\n{lines}")
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(
+        doctor, "find_spec", lambda name: info if name in ("numpy", "pytest", "tensorrt_lean") else None
+    )
     found = doctor.missing_extras()
+    assert found.pop("all") == {"missing": ["no-such-library"], "fix": "pip install 'rpfm-edge[all]'"}
     assert found == {"openvino": {"missing": ["no-such.library"], "fix": "pip install 'rpfm-edge[openvino]'"}}
     assert "without no-such.library; pip install 'rpfm-edge[openvino]'" in shown(
         diagnosis | {"extras": found}, capsys, monkeypatch

@@ -173,6 +173,9 @@ def test_nothing_that_runs_is_an_error(made: dict[str, Any], tmp_path: Path, mon
         ({"samples": 7}, "7 calibration samples for int8: expected at least 8"),
         ({"samples": 7, "precisions": ["fp32", "fp8"]}, "7 calibration samples for fp8"),
         ({"runs": 0}, "0 runs: expected at least 1"),
+        ({"seconds": float("nan")}, "nan seconds of measuring: expected finite and at least 0"),
+        ({"seconds": float("inf")}, "inf seconds"),
+        ({"seconds": -1.0}, "-1 seconds"),
         ({"pairs": 0}, "0 pairs: expected at least 1"),
         (
             {"options": {"tensorrt": {}}},
@@ -280,7 +283,7 @@ def test_what_is_around_the_markers_stays(before: str, after: str, table: str) -
 def test_a_text_without_a_place_for_the_table(text: str, tmp_path: Path) -> None:
     file = tmp_path / "README.md"
     file.write_text(text)
-    with pytest.raises(ConfigError, match=r"README\.md has no place for the frontier: expected one line <!-- "):
+    with pytest.raises(ConfigError, match=r"README\.md has no place for the table: expected one line <!-- "):
         put_in_file(file, None)
     assert file.read_text() == text
 

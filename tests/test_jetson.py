@@ -88,7 +88,7 @@ def test_a_bare_container_knows_little_and_says_no_more(tmp_path: Path, monkeypa
 def test_advice_for_an_orin_nano(orin: Path) -> None:
     facts = jetson.read(orin)
     assert facts is not None
-    hints = jetson.advice(facts | {"tensorrt_in_python": False, "over_current": {"oc1": 0, "oc3": 37}}, "FP8")
+    hints = jetson.advice(facts | {"tensorrt_in_python": False, "over_current": {"oc1": 0, "oc3": 37}}, "fp8")
     assert [(hint["problem"], hint["fix"]) for hint in hints] == [
         ("power mode 25W is below MAXN_SUPER", "run: sudo nvpmodel -m 2"),
         ("the clocks follow the load (jetson_clocks is off), so times vary", "run: sudo jetson_clocks"),
@@ -138,7 +138,7 @@ def test_without_tensorrt_at_all(orin: Path) -> None:
 
 @pytest.mark.parametrize(
     ("capability", "precision", "supported"),
-    [("8.7", "fp8", False), ("8.7", "int8", True), ("11.0", "fp8", True), ("7.2", "FP4", False), (None, "fp8", None)],
+    [("8.7", "fp8", False), ("8.7", "int8", True), ("11.0", "fp8", True), ("7.2", "nvfp4", False), (None, "fp8", None)],
 )
 def test_precisions_of_a_gpu(capability: str | None, precision: str, supported: bool | None) -> None:
     assert jetson.supports({"compute_capability": capability}, precision) is supported

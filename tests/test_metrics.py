@@ -193,6 +193,13 @@ def test_a_missing_library_names_its_extra() -> None:
         import_extra("nowhere.at.all", "validate")
 
 
+def test_a_module_of_ours_names_the_library_that_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "module_of_ours.py").write_text("import nowhere.at.all\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(BackendError, match=r"^nowhere is not installed \(No module named 'nowhere'\)"):
+        import_extra("module_of_ours", "webrtc")
+
+
 def test_compare_pairs_images_in_order() -> None:
     summary = compare([flat(10), flat(10)], [flat(11), flat(12)], ["psnr_db", "ssim"])
     first, second = 20 * math.log10(255), 20 * math.log10(255 / 2)

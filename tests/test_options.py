@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from rpfm_edge import api
+import runtimes
+from rpfm_edge import api, bundle
 from rpfm_edge.artifact import Artifact
-from rpfm_edge.errors import ConfigError
+from rpfm_edge.errors import BackendError, ConfigError
 from rpfm_edge.options import parse_options
 
 
@@ -31,6 +32,30 @@ def test_options_of_a_backend_that_is_no_target(tiny_graph: Artifact, tmp_path: 
     with pytest.raises(ConfigError, match="options of 'openvino', which is no target: expected one of"):
         api.build(tiny_graph.path, tmp_path / "bundle", ["onnxruntime"], {"openvino": {"threads": 1}})
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "error"),
+    [
+        ("openvino", ["openvino.bogus=1"], ConfigError),
+        ("openvino", ["openvino.threads=99999999999999999999"], ConfigError),
+        ("bogus", [], BackendError),
+    ],
+)
+def test_nothing_is_compiled_before_all_is_checked(
+    tiny_graph: Artifact,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    target: str,
+    options: list[str],
+    error: type[Exception],
+) -> None:
+    compiled: list[object] = []
+    monkeypatch.setattr(runtimes.load("onnxruntime"), "build", lambda *given: compiled.append(given))
+    monkeypatch.setattr(bundle.canary, "record", compiled.append)
+    with pytest.raises(error, match=r"bogus|threads"):
+        api.build(tiny_graph.path, tmp_path / "bundle", ["onnxruntime", target], parse_options(options))
+    assert not compiled
 
 
 def test_options_reach_the_bundle(tiny_graph: Artifact, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from rpfm_edge.cli import app
 from rpfm_edge.errors import ArtifactError, BackendError, ConfigError, ParityError
 from rpfm_edge.measure import Latency
 from rpfm_edge.metrics import Budget, psnr_db
-from rpfm_edge.plan_table import plan_lines, verdict
+from rpfm_edge.plan_table import COLUMNS, plan_lines, verdict
 from rpfm_edge.planner import choose, plan_precision
 from rpfm_edge.splits import open_splits
 
@@ -84,7 +86,7 @@ def test_the_frontier_covers_float_and_int8(planned: tuple[Path, dict[str, Any]]
     assert result["frontier"][0]["against_float"]["psnr_db"]["median"] == float("inf")
     kept = json.loads((out.parent / "graph.plan" / "frontier.json").read_text())
     assert kept["chosen"] == result["chosen"]
-    assert json.loads(artifact.load(out).file("evidence/plan.json").read_text()) == kept
+    assert json.loads((artifact.load(out).path / "evidence" / "plan.json").read_text()) == kept
     assert "Infinity" not in (out.parent / "graph.plan" / "frontier.json").read_text()
     page = (out.parent / "graph.plan" / "report.html").read_text()
     assert "block0.qkv" in page
@@ -223,6 +225,38 @@ def test_a_quantized_graph_is_refused(planned: tuple[Path, dict[str, Any]], tmp_
     out, _ = planned
     with pytest.raises(ArtifactError, match="already"):
         api.plan(out, "sample", tmp_path / "out", "openvino")
+
+
+def test_without_scikit_image_the_graph_is_written_and_the_column_of_ssim_holds_dashes(
+    tiny_graph: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "skimage" else find_spec(name))
+    budget = tmp_path / "budget.toml"
+    budget.write_text("[drift]\npsnr_db_min = 15\n")
+    command = ["quantize", str(tiny_graph.path), "--data", "sample", "--out", str(tmp_path / "out"), "--pairs", "2"]
+    command += ["--precision", "auto", "--target", "openvino", "--budget", str(budget), "--samples", "8"]
+    result = CliRunner().invoke(app, [*command, "--points", "1"])
+    assert result.exit_code == 0, result.output
+    chosen = json.loads((artifact.load(tmp_path / "out", "graph").path / "evidence" / "plan.json").read_text())
+    assert all("ssim" not in row["against_float"] for row in chosen["frontier"])
+    assert {line.cells[COLUMNS.index("SSIM")] for line in plan_lines(chosen)} == {"–"}
+    assert "<td>–</td>" in (tmp_path / "out.plan" / "report.html").read_text()
+
+
+def test_a_report_that_fails_does_not_lose_the_graph(
+    tiny_graph: Artifact, planned: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyError("ssim")
+
+    shutil.copytree(planned[0].with_name("graph.plan"), tmp_path / "out.plan")  # finished work
+    monkeypatch.setattr(Candidates, "frame_times", falling_times)
+    monkeypatch.setattr("rpfm_edge.report.write_report", fail)
+    config = PlanConfig("openvino", Budget(psnr_db_min=30), **SMALL)
+    with pytest.raises(KeyError):
+        plan_precision(tiny_graph, "sample", tmp_path / "out", config)
+    assert artifact.load(tmp_path / "out", "graph").config["precision"] == "int8"
 
 
 def row(name: str, ms: float, db: float, violations: tuple[str, ...] = (), units: int = 3) -> dict[str, Any]:

@@ -367,6 +367,9 @@ def test_read_refuses_what_is_no_json(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b"\xff\xfe\0nose")
     with pytest.raises(InputError, match=r"a\.json is no JSON"):
         read_pose(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(InputError, match=r"a\.json is no JSON"):
+        read_pose(tmp_path / "a.json")
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(InputError, match=r"a\.json is no JSON"):
         read_pose(tmp_path / "a.json")

@@ -13,7 +13,7 @@ import pytest
 
 from rpfm_edge import charts
 from rpfm_edge.errors import ConfigError
-from rpfm_edge.sustained import panels, sustain, write
+from rpfm_edge.sustained import draw, panels, sustain, write
 
 
 class Device:
@@ -60,15 +60,18 @@ def test_a_failure_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_
 
     with pytest.raises(RuntimeError):
         sustain(frame, 1.0, keep=lambda result: write(result, tmp_path), read=device.read)
-    assert len(json.loads((tmp_path / "sustained.json").read_text())["windows"]) == 2
+    kept = json.loads((tmp_path / "sustained.json").read_text())
+    assert len(kept["windows"]) == 2
+    draw(kept, tmp_path)
     picture = cv2.imread(str(tmp_path / "sustained.png"))
     assert picture is not None
     assert picture.std() > 5
 
 
-def test_too_short() -> None:
-    with pytest.raises(ConfigError, match=r"of 0.1 minutes: expected at least 20 s"):
-        sustain(lambda: None, 0.1)
+@pytest.mark.parametrize("minutes", [0.1, -1, float("nan"), float("inf")])
+def test_a_time_that_cannot_be(minutes: float) -> None:
+    with pytest.raises(ConfigError, match=rf"of {minutes:g} minutes: expected at least 20 s, two windows, and finite"):
+        sustain(lambda: None, minutes)
 
 
 def test_longer_bars_for_greater_values() -> None:

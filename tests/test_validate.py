@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rpfm_edge import api, artifact, tables
+from rpfm_edge import api, tables
 from rpfm_edge.artifact import Artifact
-from rpfm_edge.bundle import read_evidence
 from rpfm_edge.data import Split, open_split, read_clip, sample_root
 from rpfm_edge.errors import ConfigError
 from rpfm_edge.flicker import ClipConfig, flicker_levels, motion_ratio, open_clips
@@ -73,7 +72,6 @@ def test_poses_and_flicker_of_every_stage(
         f"onnxruntime: pck mean {share:.4g} is below the limit 1.1 (pck_min)",
         f"onnxruntime: flicker mean {levels:.4g} is above the limit -1 (flicker_max)",
     ]
-    assert read_evidence(artifact.load(bundle.path))["drift"]["stages"] == found["stages"]
 
 
 @pytest.mark.usefixtures("no_network")
@@ -137,7 +135,7 @@ def test_the_table_gives_means(capsys: pytest.CaptureFixture[str]) -> None:
         stage("student", against_teacher={"psnr_db": {"median": 31.1}}),
         stage("ground truth", flicker={"flicker": {"mean": 0.3996}, "motion": {"mean": 1.0}}),
     ]
-    tables.drift({"stages": stages, "missing": {"lpips": "weights not at hand"}})
+    tables.drift({"stages": stages, "missing": {"lpips": "weights not at hand"}, "pairs": [("a", "b")]})
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "teacher, reference – – – 18.4 – –" in lines
     assert "teacher, reference 0.812 0.900 – –" in lines

@@ -9,12 +9,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import numpy as np
 import typer
 
 from rpfm_edge import tables
+from rpfm_edge.artifact import require_writable
 from rpfm_edge.errors import ConfigError
 from rpfm_edge.image import load_image
 from rpfm_edge.live.access import Access, address, check_certificate, choose_token, is_loopback, qr_code
@@ -36,26 +37,27 @@ def live(
     source: Annotated[Path, typer.Option(help="Picture of the person at the start.")],
     host: Annotated[str, typer.Option(help="Address to listen at; any but loopback needs a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8787,
-    backend: Annotated[Optional[str], typer.Option(help="One of the bundle's backends; default: the first.")] = None,  # noqa: UP045
-    motion: Annotated[Optional[Path], typer.Option(help="Recorded poses: a clip, JSON files or a .pose file.")] = None,  # noqa: UP045
-    fps: Annotated[Optional[float], typer.Option(help="Rate of --motion; default: the file's, else 30.")] = None,  # noqa: UP045
-    camera: Annotated[Optional[str], typer.Option(help="Number of a camera, or a video file.")] = None,  # noqa: UP045
-    deadline_ms: Annotated[Optional[float], typer.Option(help="From pose to image; fewer steps when missed.")] = None,  # noqa: UP045
+    backend: Annotated[str | None, typer.Option(help="One of the bundle's backends; default: the first.")] = None,
+    motion: Annotated[Path | None, typer.Option(help="Recorded poses: a clip, JSON files or a .pose file.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Rate of --motion; default: the file's, else 30.")] = None,
+    camera: Annotated[str | None, typer.Option(help="Number of a camera, or a video file.")] = None,
+    deadline_ms: Annotated[float | None, typer.Option(help="From pose to image; fewer steps when missed.")] = None,
     smooth: Annotated[float, typer.Option(min=0, help="Cutoff of joint smoothing in Hz (1 to 3); 0: off.")] = 0.0,
     still_px: Annotated[float, typer.Option(help="Reuse the image while no joint moves further.")] = 0.25,
-    token_file: Annotated[Optional[Path], typer.Option(help="File with the token; default: a new one.")] = None,  # noqa: UP045
-    cert: Annotated[Optional[Path], typer.Option(help="Certificate (PEM), for TLS.")] = None,  # noqa: UP045
-    key: Annotated[Optional[Path], typer.Option(help="Its private key (PEM).")] = None,  # noqa: UP045
+    token_file: Annotated[Path | None, typer.Option(help="File with the token; default: a new one.")] = None,
+    cert: Annotated[Path | None, typer.Option(help="Certificate (PEM), for TLS.")] = None,
+    key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None,
     origin: Annotated[list[str] | None, typer.Option(help="Of another site that may connect; several times.")] = None,
     clients: Annotated[int, typer.Option(min=1, max=256, help="At most so many at once.")] = 8,
     webrtc: Annotated[bool, typer.Option(help="Let clients choose video by WebRTC (extra webrtc).")] = False,
-    record: Annotated[Optional[Path], typer.Option(help="Video to write, such as live.mp4 (extra record).")] = None,  # noqa: UP045
+    record: Annotated[Path | None, typer.Option(help="Video to write, such as live.mp4 (extra record).")] = None,
     report: Annotated[Path, typer.Option(help="Folder of live.json and live.html at the end.")] = Path("runs/live"),
 ) -> None:
     """Serve frames for poses to browsers and headsets, until interrupted."""
     check_certificate(cert, key)
     place = Place(host, port, cert, key, Access(choose_token(host, token_file), tuple(origin or ())))
     options = Options(_positive(deadline_ms), still_px, smooth)
+    require_writable(report)
     with opened(bundle, backend) as pipelines:
         feeds = feeds_of(motion, fps if fps is None else check_fps(fps), camera, pipelines[0].size)
         with recording(record, pipelines[0].size) as tap:

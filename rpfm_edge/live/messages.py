@@ -70,7 +70,7 @@ def read_pose(message: Mapping[str, Any], size: tuple[int, int], now_ms: float, 
 
     Raises:
         InputError: a wrong id, time, format, count, keypoint or size; a keypoint outside the picture (MediaPipe's
-            are missing there, because it guesses them); no visible keypoint.
+            are missing there, because it guesses them); MediaPipe's in [0, 1]; no visible keypoint.
     """
     number, client_ms = pose_id(message), _time(message.get("t_ms"))
     kind = message.get("format", "openpose18")
@@ -87,8 +87,20 @@ def read_pose(message: Mapping[str, Any], size: tuple[int, int], now_ms: float, 
 _READERS: Mapping[str, Callable[[np.ndarray, tuple[int, int]], np.ndarray]] = {
     "openpose18": lambda triples, _: from_openpose(triples),
     "coco17": lambda triples, _: from_coco(triples),
-    "mediapipe33": lambda triples, frame: from_mediapipe(triples / [frame[1], frame[0], 1], frame),
+    "mediapipe33": lambda triples, frame: _mediapipe(triples, frame),
 }
+
+
+def _mediapipe(triples: np.ndarray, frame: tuple[int, int]) -> np.ndarray:
+    """(18, 2) pixels of ``frame``; refuses MediaPipe's own shares of it, which would all lie within one pixel."""
+    points = from_mediapipe(triples / [frame[1], frame[0], 1], frame)
+    if np.isfinite(points).any() and np.nanmax(points) <= 1 < min(frame):
+        raise _bad(
+            "every keypoint lies within 1 pixel of the corner",
+            f"pixels of {frame[0]:g} × {frame[1]:g}, not MediaPipe's [0, 1]",
+            "multiply x by the width and y by the height",
+        )
+    return points
 
 
 def pose_id(message: Mapping[str, Any]) -> int:

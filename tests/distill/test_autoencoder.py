@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from distill.autoencoder import (
     set_principal_components,
     train_autoencoder,
 )
+from distill.batches import fingerprint
 from distill.train import TrainConfig
 from rpfm_edge.data import open_split, sample_root
 from rpfm_edge.errors import ConfigError
@@ -113,6 +116,18 @@ def test_kl_honours_scale_and_shift(kl_folder: Path, images: np.ndarray) -> None
     rebuilt = autoencoders.create(autoencoders.describe(ours))
     assert isinstance(rebuilt, KLAutoencoder)
     rebuilt.load_state_dict(ours.state_dict())
+
+
+def test_a_fingerprint_knows_the_scale_and_not_the_place(kl_folder: Path, tmp_path: Path) -> None:
+    """Latents of another scale are others, with the same weights; a copy is the same autoencoder."""
+    original, copied = load_kl(kl_folder), load_kl(shutil.copytree(kl_folder, tmp_path / "copy"))
+    rebuilt = autoencoders.create(autoencoders.describe(original))
+    rebuilt.load_state_dict(original.state_dict())
+    assert fingerprint(original) == fingerprint(copied) == fingerprint(rebuilt)
+    assert str(kl_folder) not in str(autoencoders.describe(original))
+    config = json.loads((tmp_path / "copy/config.json").read_text()) | {"scaling_factor": 1.0}
+    (tmp_path / "copy/config.json").write_text(json.dumps(config))
+    assert fingerprint(load_kl(tmp_path / "copy")) != fingerprint(original)
 
 
 def test_kl_folder_without_a_vae(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from distill import rpfm
 from distill.commands import DistillRecipe, TrainRecipe, distill, train
@@ -16,10 +17,14 @@ from distill.teacher import load_teacher
 from rpfm_edge import api
 from rpfm_edge.artifact import Artifact
 from rpfm_edge.data import Split, hold_out, open_split, sample_root
-from rpfm_edge.errors import ConfigError
+from rpfm_edge.errors import ConfigError, InputError
 from tests.distill.test_teacher import gaussian_teacher
 from tests.distill.tiny import SIZE
 
+TRAINED = TrainRecipe(
+    "tiny", autoencoder_seconds=0.1, autoencoder_batch=2, seconds=0.3, sources=2, targets_per_source=2, size=SIZE
+)
+KINDS = ("training", "validation")
 QUICK = DistillRecipe(trajectories=32, targets_per_source=4, seconds=0.1, batch=8)
 
 
@@ -37,9 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def teacher(splits: tuple[Split, Split], folder: Path) -> Artifact:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(rpfm.PRESETS, "tiny", rpfm.RPFMConfig(dim=32, depth=1, heads=2))
-        seconds = {"autoencoder_seconds": 0.1, "seconds": 0.3, "autoencoder_batch": 2}
-        recipe = TrainRecipe("tiny", **seconds, sources=2, targets_per_source=2, size=SIZE, cache=str(folder / "cache"))
-        return train(recipe, splits[0], folder / "teacher", splits[1])
+        return train(replace(TRAINED, cache=str(folder / "cache")), splits[0], folder / "teacher", splits[1])
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +103,85 @@ def test_another_start_begins_afresh(
     assert len(list((folder / "e.work").glob("endpoint-1-*.safetensors"))) == 2
 
 
+def test_another_size_is_another_run(
+    teacher: Artifact, splits: tuple[Split, Split], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its latents would be read as those of the first one. Weights of another precision are stored as asked."""
+    monkeypatch.setitem(rpfm.PRESETS, "tiny", rpfm.RPFMConfig(dim=32, depth=1, heads=2))
+    again = replace(TRAINED, cache=str(folder / "cache"))
+    with pytest.raises(ConfigError, match=r"autoencoder.safetensors was .*\(inputs.size\): .* = \[64, 48\]"):
+        train(replace(again, size=(48, 64)), splits[0], folder / "teacher")
+    with pytest.raises(ConfigError, match=r"teacher.safetensors was trained with .*\(inputs.autoencoder\)"):
+        train(replace(again, weights="fp32"), splits[0], folder / "teacher")
+    files = list((folder / "teacher.work").glob("autoencoder-*"))
+    kinds = {load_file(file)["mean"].dtype for file in files}
+    assert (len(files), kinds) == (2, {torch.float16, torch.float32})
+
+
+def test_another_size_is_another_run_with_an_autoencoder_that_is_given(
+    splits: tuple[Split, Split], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(rpfm.PRESETS, "tiny", rpfm.RPFMConfig(dim=32, depth=1, heads=2))
+    given = replace(TRAINED, autoencoder=str(small_vae(tmp_path / "vae")), seconds=0.1)
+    train(given, splits[0], tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"teacher.safetensors was trained with .*\(inputs.size\): .* = \[64, 48\]"):
+        train(replace(given, size=(48, 64)), splits[0], tmp_path / "out")
+
+
+def small_vae(folder: Path) -> Path:
+    """A folder of an untrained ``AutoencoderKL`` with four pixels per latent."""
+    from diffusers import AutoencoderKL
+
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
+    AutoencoderKL(**blocks, block_out_channels=[8, 8, 8], norm_num_groups=4).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_people_without_pairs(kind: str, splits: tuple[Split, Split], tmp_path: Path) -> None:
+    """Refused before the autoencoder is trained."""
+    one, other = (replace(s, pairs=s.pairs[:0]) if kind == k else s for s, k in zip(splits, KINDS, strict=True))
+    with pytest.raises(InputError, match=rf"the {kind} people of .* have no pairs: expected two pictures"):
+        train(TRAINED, one, tmp_path / "out", other)
+    with pytest.raises(InputError, match=r"the training people of .* have no pairs"):
+        distill(QUICK, "teacher:xs", replace(splits[0], pairs=splits[0].pairs[:0]), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_to_validate_on_is_missing(splits: tuple[Split, Split], tmp_path: Path) -> None:
+    def read(name: str) -> bytes:
+        if name == splits[1].names[-1]:
+            raise InputError(f"image {name} cannot be read", expected="it", fix="copy it")
+        return splits[1].read(name)
+
+    with pytest.raises(InputError, match=f"image {splits[1].names[-1]} cannot be read"):
+        train(TRAINED, splits[0], tmp_path / "out", replace(splits[1], read=read))
+    assert not list(tmp_path.iterdir())
+
+
 def foreign_teacher() -> SimpleNamespace:
     """A factory whose teacher has an autoencoder that no artifact can hold."""
     return SimpleNamespace(**{**vars(gaussian_teacher()), "autoencoder": _Identity()})
+
+
+def test_a_factory_that_was_edited_is_another_teacher(
+    splits: tuple[Split, Split], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its paths are not continued with those of the old one, and the record tells the two apart."""
+    file, spec = tmp_path / "edited_teacher.py", "edited_teacher:factory"
+    file.write_text("from tests.distill.test_teacher import gaussian_teacher as factory\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    shared = {"preset": "tiny", "cache": str(folder / "cache")}
+    monkeypatch.setitem(rpfm.PRESETS, "tiny", rpfm.RPFMConfig(dim=32, depth=1, heads=2))
+    recipe, out = replace(QUICK, **shared), tmp_path / "out"
+    first = distill(recipe, spec, splits[0], out)
+    assert distill(recipe, spec, splits[0], out).lineage[-1].inputs == first.lineage[-1].inputs
+    file.write_text(file.read_text() + "# edited\n")
+    with pytest.raises(ConfigError, match=r"was trained with other settings \(inputs.teacher\)"):
+        distill(recipe, spec, splits[0], out)
+    next((tmp_path / "out.work").glob("flowmap-*.safetensors")).unlink()
+    with pytest.raises(ConfigError, match="holds trajectories of another teacher"):
+        distill(recipe, spec, splits[0], out)
 
 
 class _Identity(torch.nn.Identity):
@@ -133,11 +212,7 @@ def test_a_size_that_cannot_be_cut_into_patches(splits: tuple[Split, Split], tmp
 
 def test_a_size_is_measured_by_the_autoencoder_that_is_given(splits: tuple[Split, Split], tmp_path: Path) -> None:
     """Four pixels per latent, so multiples of 8."""
-    from diffusers import AutoencoderKL
-
-    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
-    vae = AutoencoderKL(**blocks, block_out_channels=[8, 8, 8], norm_num_groups=4)
-    vae.save_pretrained(tmp_path / "vae")
+    small_vae(tmp_path / "vae")
     with pytest.raises(ConfigError, match=r"size = \[68, 40\]: expected multiples of 8, .*; take \[64, 40\]"):
         train(TrainRecipe(size=(68, 40), autoencoder=str(tmp_path / "vae")), splits[0], tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["vae"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
@@ -17,6 +18,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from distill import qad
+from distill import train as train_module
 from distill.qad import Batch, QadConfig, QadLoss, Rendering, RoundedWeight, int8_layers, round_layers, train_rounded
 from distill.student import Student, load_student
 from distill.train import TrainConfig
@@ -198,6 +200,7 @@ class Killed(Exception):
 def test_a_killed_run_continues_to_the_same_weights(
     tiny_student: Artifact, people: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(train_module, "SHARE", math.inf)  # saves after every step
     config = QadConfig(1, "int8", replace(QUICK, steps=6, save_every_s=0.0), samples=4)
 
     def train(checkpoint: str) -> Student:
@@ -230,6 +233,12 @@ def made(tiny_student: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Ar
     ended = CliRunner().invoke(app, ["distill", str(tiny_student.path), *options])
     assert ended.exit_code == 0, ended.output
     return artifact.load(out, "student")
+
+
+def test_steps_that_the_student_has_not_learnt(tiny_student: Artifact, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"steps = 3 for a student .* by flowmap for 2: expected 1 or 2 or"):
+        api.distill(tiny_student.path, "sample", tmp_path / "out", method="qad", steps=3)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_result_is_a_student_like_any_other(made: Artifact, tiny_student: Artifact) -> None:

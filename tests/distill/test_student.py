@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import itertools
-import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from distill import store as store_module
+from distill import train as train_module
 from distill.batches import EncodedSplit, settle_split
+from distill.export import export
 from distill.rpfm import RPFM, RPFMConfig
 from distill.store import StoreConfig, Trajectories, build_store, load_store
 from distill.student import (
+    METHODS,
     DistillConfig,
     Method,
     Student,
@@ -25,10 +29,11 @@ from distill.student import (
     save_student,
     train_student,
 )
-from distill.teacher import RPFMTeacher, load_teacher, sample_teacher
+from distill.teacher import FlowMatchingConfig, RPFMTeacher, load_teacher, sample_teacher, train_teacher
 from distill.train import TrainConfig
 from rpfm_edge.data import draw_batch
-from rpfm_edge.errors import ConfigError, InputError
+from rpfm_edge.errors import ArtifactError, ConfigError, InputError
+from rpfm_edge.flow import check_steps
 from tests.distill.tiny import NETWORK, SIZE, randomised, toy_data, toy_teacher
 
 STORE = StoreConfig(trajectories=64, sources_per_shard=2, targets_per_source=4)
@@ -86,11 +91,30 @@ def test_store_of_another_data_set_is_refused(teacher: RPFMTeacher, data: Encode
     """Its paths name pictures by number, so they would be of other people."""
     build_store(teacher, "toy", data, tmp_path, STORE, seconds=0.0)
     other = replace(data, split=replace(data.split, pairs=data.split.pairs[:-1]))
-    with pytest.raises(ConfigError, match="another teacher, data set or config"):
-        build_store(teacher, "toy", other, tmp_path, STORE)
-    old = {k: v for k, v in json.loads((tmp_path / "store.json").read_text()).items() if k != "data"}
-    (tmp_path / "store.json").write_text(json.dumps(old))  # from before the data were noted
-    build_store(teacher, "toy", other, tmp_path, STORE, seconds=0.0)
+    moved = replace(data, split=replace(data.split, keypoints=data.split.keypoints + 1))  # corrected since
+    for one in (other, moved):
+        with pytest.raises(ConfigError, match="another teacher, data set or config"):
+            build_store(teacher, "toy", one, tmp_path, STORE)
+    copied = replace(data, split=replace(data.split, root=tmp_path))
+    build_store(teacher, "toy", copied, tmp_path, STORE, seconds=0.0)
+
+
+def test_damaged_files_are_named(teacher: RPFMTeacher, data: EncodedSplit, tmp_path: Path) -> None:
+    """A shard and the description of a store, and the latents, cut short by a copy that did not end."""
+    few = replace(STORE, trajectories=STORE.shard_size)
+    build_store(teacher, "toy", data, tmp_path / "store", few)
+    toy_data(teacher, tmp_path)
+    shard, meta = (tmp_path / "store" / name for name in ("shard-00000.safetensors", "store.json"))
+    [latents] = tmp_path.glob("latents-*")
+    for file, use in (
+        (shard, lambda: load_store(tmp_path / "store", few)),
+        (shard, lambda: build_store(teacher, "toy", data, tmp_path / "store", few)),
+        (meta, lambda: build_store(teacher, "toy", data, tmp_path / "store", few)),
+        (latents, lambda: toy_data(teacher, tmp_path)),
+    ):
+        file.write_bytes(file.read_bytes()[:100])
+        with pytest.raises(ArtifactError, match=rf"{file.name} does not fit this run \(.+\): expected .*; delete it"):
+            use()
 
 
 def test_shards_are_the_same_however_many_are_solved_together(
@@ -243,6 +267,63 @@ def test_the_architecture_is_that_of_the_weights(start: bool, teacher: RPFMTeach
     assert student.network.config == replace(NETWORK, step_embedding=True)
     with pytest.raises(ConfigError, match=r"architecture .*dim=32.*: expected .*dim=64.*; .* leave the preset out"):
         create_student(teacher, DistillConfig("flowmap", 1), replace(NETWORK, dim=64), given)
+
+
+@pytest.mark.parametrize(
+    ("method", "trained", "refused"), [("endpoint", 1, (2, 4)), ("flowmap", 4, (3, 16)), ("reflow", 4, ())]
+)
+def test_steps_that_a_student_has_not_learnt(
+    method: Method, trained: int, refused: tuple[int, ...], teacher: RPFMTeacher, tmp_path: Path
+) -> None:
+    """An endpoint is trained for one number, a flow map for those that divide the paths, reflow for every time."""
+    config = DistillConfig(method, trained)
+    saved = save_student(create_student(teacher, config), tmp_path / "s", config, SIZE, ())
+    expected = {"endpoint": "expected 1;", "flowmap": "expected 1 or 2 or 4 or 8;"}
+    for steps in refused:
+        with pytest.raises(ConfigError, match=rf"steps = {steps} for a student .* {method} for .*: {expected[method]}"):
+            export(saved.path, tmp_path / "graph", steps)
+    assert not (tmp_path / "graph").exists()
+    for steps in {"endpoint": (1,), "flowmap": (1, 2, 4, 8), "reflow": (1, 3, 16)}[method]:
+        check_steps(saved.config, steps)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "teacher"])
+def test_a_killed_run_continues_to_the_same_weights(
+    method: str,
+    teacher: RPFMTeacher,
+    data: EncodedSplit,
+    store: Trajectories,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the real losses: what they draw depends on the step alone, and a checkpoint holds all that they change."""
+    limits, step = TrainConfig(steps=5, warmup_steps=2, save_every_s=0.0), train_module._Run.train_step
+    monkeypatch.setattr(train_module, "SHARE", math.inf)  # saves after every step
+
+    def train(name: str) -> tuple[RPFM, list[float]]:
+        torch.manual_seed(0)
+        if method == "teacher":
+            config = FlowMatchingConfig(limits, sources=2, targets_per_source=2)
+            network, history = train_teacher(RPFM(NETWORK), teacher.autoencoder, data, config, tmp_path / name)
+            return network, history.losses
+        distilled = DistillConfig(method, 2, limits, batch=8)
+        student, history = train_student(create_student(teacher, distilled), data, store, distilled, tmp_path / name)
+        return student.network, history.losses
+
+    def dies(run: Any, *arguments: Any) -> None:
+        if run.history.step == 3:
+            raise KeyboardInterrupt
+        step(run, *arguments)
+
+    whole, losses = train("whole")
+    monkeypatch.setattr(train_module._Run, "train_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train("cut")
+    monkeypatch.setattr(train_module._Run, "train_step", step)
+    resumed, again = train("cut")
+    assert again == losses
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
 
 
 def test_artifact_round_trip(teacher: RPFMTeacher, data: EncodedSplit, tmp_path: Path) -> None:

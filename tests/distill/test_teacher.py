@@ -174,3 +174,35 @@ def incomplete() -> SimpleNamespace:
 def test_factory_without_the_contract() -> None:
     with pytest.raises(ConfigError, match="has no autoencoder, latent_shape, size, condition"):
         load_teacher("tests.distill.test_teacher:incomplete")
+
+
+def one_that_does_not_fit(**changes: object) -> SimpleNamespace:
+    return SimpleNamespace(**{**vars(gaussian_teacher()), **changes})
+
+
+def of_another_latent() -> SimpleNamespace:
+    """A factory whose latents are not those of its autoencoder at its size."""
+    return one_that_does_not_fit(latent_shape=(8, 6, 8))
+
+
+def of_another_velocity() -> SimpleNamespace:
+    """A factory whose velocity has a channel too few."""
+    return one_that_does_not_fit(velocity=lambda x, t, condition: x[:, 1:])
+
+
+def of_numpy() -> SimpleNamespace:
+    """A factory whose velocity is no tensor."""
+    return one_that_does_not_fit(velocity=lambda x, t, condition: x.numpy())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("of_another_latent", r"latent_shape \(8, 6, 8\): expected \[8, 8, 6\]"),
+        ("of_another_velocity", r"a velocity \[1, 7, 8, 6\] for one latent: expected \[1, 8, 8, 6\]"),
+        ("of_numpy", r"a velocity of the type ndarray"),
+    ],
+)
+def test_factory_whose_shapes_do_not_fit(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_teacher(f"tests.distill.test_teacher:{name}")

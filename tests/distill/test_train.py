@@ -4,6 +4,7 @@ right."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -59,7 +60,14 @@ class Killed(Exception):
     """Stands for a kill: nothing after it runs."""
 
 
-def test_resumes_after_a_kill_to_the_same_losses(tmp_path: Path) -> None:
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
+    """Saves after every step, however long that takes."""
+    monkeypatch.setattr(train, "SHARE", math.inf)
+    return replace(CONFIG, save_every_s=0.0)
+
+
+def test_resumes_after_a_kill_to_the_same_losses(often: TrainConfig, tmp_path: Path) -> None:
     _, whole = fit(Regression(), loss, CONFIG, tmp_path / "whole", "t")
 
     def dies(model: nn.Module, step: int, rng: np.random.Generator) -> torch.Tensor:
@@ -67,7 +75,6 @@ def test_resumes_after_a_kill_to_the_same_losses(tmp_path: Path) -> None:
             raise Killed
         return loss(model, step, rng)
 
-    often = replace(CONFIG, save_every_s=0.0)
     with pytest.raises(Killed):
         fit(Regression(), dies, often, tmp_path / "cut", "t")
     seen: list[int] = []
@@ -181,6 +188,28 @@ def test_evaluation_takes_three_percent_at_most_and_no_budget(tmp_path: Path, mo
     assert [point[:2] for point in history.validation] == [(10, 10), (110, 110), (210, 210), (300, 300)]
 
 
+def test_saving_takes_three_percent_at_most_and_no_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes a second, a checkpoint three: 300 s of budget are 300 steps, with 100 between checkpoints."""
+    now, saved, write = [0.0], [], train._save
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def takes_a_second(model: nn.Module, step: int, rng: np.random.Generator) -> torch.Tensor:
+        now[0] += 1
+        return loss(model, step, rng)
+
+    def takes_three(path: Path, *state: Any) -> None:
+        now[0] += 3
+        saved.append(state[3].step)
+        write(path, *state)
+
+    monkeypatch.setattr(train, "_save", takes_three)
+    config = TrainConfig(seconds=300, lr=0.05, precision="no", save_every_s=9)
+    _, history = fit(Regression(), takes_a_second, config, tmp_path / "c", "t")
+    assert (history.step, history.elapsed_s) == (300, 300)
+    assert saved == [10, 111, 212, 300]
+    assert fit(Regression(), takes_a_second, config, tmp_path / "c", "t")[1].elapsed_s == 300
+
+
 def test_the_curve_continues_after_a_kill(tmp_path: Path) -> None:
     config = replace(CONFIG, steps=30, evaluate_every_s=1e-9)
     _, first = fit(Regression(), loss, config, tmp_path / "c", "t", weight)
@@ -247,14 +276,13 @@ def test_a_compiler_that_does_not_work(tmp_path: Path, monkeypatch: pytest.Monke
         fit(Regression(), loss, replace(CONFIG, compile=True), tmp_path / "c", "t")
 
 
-def test_divergence_is_an_error_that_keeps_the_last_good_state(tmp_path: Path) -> None:
+def test_divergence_is_an_error_that_keeps_the_last_good_state(often: TrainConfig, tmp_path: Path) -> None:
     def explodes(model: nn.Module, step: int, rng: np.random.Generator) -> torch.Tensor:
         return loss(model, step, rng) * (float("nan") if step == 10 else 1.0)
 
-    config = TrainConfig(steps=60, precision="no", save_every_s=0.0)
     with pytest.raises(ConfigError, match="the loss is nan at step 11"):
-        fit(Regression(), explodes, config, tmp_path / "c", "t")
-    _, history = fit(Regression(), loss, config, tmp_path / "c", "t")
+        fit(Regression(), explodes, often, tmp_path / "c", "t")
+    _, history = fit(Regression(), loss, often, tmp_path / "c", "t")
     assert np.isfinite(history.losses).all()
 
 
@@ -268,7 +296,7 @@ torch.set_num_threads(1)
 from tests.distill.test_train import CONFIG, Regression, loss
 from distill.train import fit
 out = Path(sys.argv[1])
-config = replace(CONFIG, evaluate_every_s=1e-9)
+config = replace(CONFIG, evaluate_every_s=1e-9, save_every_s=1e-9)
 ema, history = fit(Regression(), loss, config, out / "checkpoint", "t", lambda ema: float(ema.linear.weight[0, 0]))
 state = PartialState()
 (out / f"rank{state.process_index}.json").write_text(

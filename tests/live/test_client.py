@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -56,17 +58,25 @@ def client(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
+def found(ended: subprocess.CompletedProcess[str]) -> tuple[float, float, int]:
+    """Frames per second, ms from pose to image, and how often the last image came again."""
+    first = r"([\d.]+) frames per second; from pose to image ([\d.]+) ms .*\n"
+    match = re.fullmatch(first + r"(?:(\d+) times the last image again, .*\n)?", ended.stdout)
+    assert match, (ended.stdout, ended.stderr)
+    return float(match[1]), float(match[2]), int(match[3] or 0)
+
+
 def test_drives_the_service(served: tuple[str, Service], pipeline: Pipeline, tmp_path: Path) -> None:
     address, service = served
-    poses, out = tmp_path / "pose.json", tmp_path / "frame.png"
+    poses, out, before = tmp_path / "pose.json", tmp_path / "frame.png", service.state()["counters"]
     write_pose(poses, STAND, (64, 48))
-    ended = client(f"{address}?token={TOKEN}", poses, "--seconds", 1, "--out", out)
+    ended = client(f"{address}?token={TOKEN}", poses, "--seconds", 2, "--out", out)
     assert ended.returncode == 0, ended.stderr
-    found = re.fullmatch(r"([\d.]+) frames per second; from pose to image ([\d.]+) ms .*\n", ended.stdout)
-    assert found, ended.stdout
-    rate, age_ms = map(float, found.groups())
-    assert 0 < rate <= 31
+    rate, age_ms, again = found(ended)
     assert age_ms > 0
+    counted = {name: service.state()["counters"][name] - before[name] for name in ("rendered", "reused")}
+    assert 0 < 2 * rate <= counted["rendered"] < counted["reused"]  # one pose: most frames are the last image again
+    assert 0 < again <= counted["reused"]
     expected = pipeline.render(pipeline.prepare(SOURCE), STAND)
     data = cv2.imencode(".jpg", expected[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 100])[1]
     decoded = np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1])
@@ -78,9 +88,49 @@ def test_says_what_the_server_refuses(served: tuple[str, Service], tmp_path: Pat
     poses = tmp_path / "poses.json"
     poses.write_text(json.dumps([{"keypoints": STAND[:17, :].tolist(), "size": [64, 48]}]))
     ended = client(f"{served[0]}?token={TOKEN}", poses, "--seconds", 0.5)
-    assert "17 keypoints" in ended.stdout
+    assert ended.stdout.count("17 keypoints") == 1
     assert ended.stderr == "no frame came\n"
     assert ended.returncode == 1
+
+
+def test_takes_over_from_a_recorded_motion(pipeline: Pipeline, tmp_path: Path) -> None:
+    motion = ((index / 30, STAND) for index in itertools.count())
+    service = Service([pipeline], load_image(SOURCE), Options(), Limits(), {"motion": motion})
+    poses = tmp_path / "poses.json"
+    moving = [
+        {"keypoints": [*(STAND[:17] + np.array([shift, 0])).tolist(), None], "size": [64, 48]} for shift in (-3, 3)
+    ]
+    poses.write_text(json.dumps(moving))
+    with serving(service, Place(port=0)) as running:
+        ended = client(f"ws://127.0.0.1:{running.port}/ws", poses, "--seconds", 1)
+    assert ended.returncode == 0, ended.stderr
+    rate, _, again = found(ended)
+    assert rate > 0
+    assert again == 0  # it moves with every pose
+
+
+@pytest.mark.parametrize("token", ["", "?token=wrong"])
+def test_a_wrong_token_is_one_sentence(served: tuple[str, Service], tmp_path: Path, token: str) -> None:
+    write_pose(tmp_path / "pose.json", STAND, (64, 48))
+    ended = client(f"{served[0]}{token}", tmp_path / "pose.json")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert re.fullmatch(r"no connection: .*4401.*no token, or a wrong one.*\n", ended.stderr)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl, to make a certificate")
+def test_a_certificate_of_ones_own(pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cert, key, poses = tmp_path / "cert.pem", tmp_path / "key.pem", tmp_path / "pose.json"
+    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1", "-subj", "/CN=rpfm-edge"]
+    named = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
+    subprocess.run(["openssl", "req", "-x509", *curve, *named], check=True, capture_output=True)
+    write_pose(poses, STAND, (64, 48))
+    service = Service([pipeline], load_image(SOURCE), Options(), Limits(), {})
+    with serving(service, Place(port=0, cert=cert, key=key)) as running:
+        address = f"wss://127.0.0.1:{running.port}/ws"
+        ended = client(address, poses)
+        assert re.fullmatch(r"self-signed certificate: .*SSL_CERT_FILE=cert\.pem\n", ended.stderr), ended.stderr
+        monkeypatch.setenv("SSL_CERT_FILE", str(cert))
+        assert client(address, poses, "--seconds", 1).returncode == 0
 
 
 def test_unpacks_what_the_server_packs() -> None:
@@ -100,4 +150,4 @@ def test_stays_small_and_alone() -> None:
     text = CLIENT.read_text()
     assert "import rpfm_edge" not in text
     assert "from rpfm_edge" not in text
-    assert len(text.splitlines()) < 100
+    assert len(text.splitlines()) < 120

@@ -119,3 +119,14 @@ def test_options_that_make_no_sense_are_refused(live_bundle: Path, picture: Path
         ended = CliRunner().invoke(app, [*start, *options])
         assert isinstance(ended.exception, ConfigError)
         assert words in str(ended.exception)
+
+
+def test_a_report_that_cannot_be_written_is_refused_at_the_start(
+    live_bundle: Path, picture: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "report").touch()
+    options = ("--source", str(picture), "--port", "0", "--report", str(tmp_path / "report"))
+    command = (sys.executable, "-m", "rpfm_edge.cli", "live", str(live_bundle), *options)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert f"{tmp_path / 'report'}: File exists" in ended.stderr

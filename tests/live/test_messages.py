@@ -71,6 +71,8 @@ def test_mediapipe_guesses_outside_the_picture_are_missing() -> None:
         ({"keypoints": [[10**400, 1]] * 18}, "keypoint 0 is [1000"),
         ({"keypoints": [[-(10**9), 1]] * 18}, "keypoint 0 is [-1000000000, 1]"),
         ({"keypoints": [[500, 1]] * 18}, "outside the picture"),
+        ({"keypoints": [[500, 1]] * 18}, "set what lies outside to nan (null in JSON)"),
+        ({"format": "mediapipe33", "keypoints": [[0.5, 1.0, 0.9]] * 33}, "not MediaPipe's [0, 1]"),
         ({"keypoints": [None] * 18}, "no visible keypoint"),
         ({"size": [0, 5]}, "the size is [0, 5]"),
         ({"size": [10**400, 5]}, "the size is [1000"),

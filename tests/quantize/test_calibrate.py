@@ -106,8 +106,18 @@ def test_blank_and_identical_inputs(tiny_graph: Artifact, people: Split, tmp_pat
     with pytest.raises(InputError, match=r"every picture, p\d+_\d.jpg first, is the same"):
         calibrate.record(tiny_graph, replace(people, read=lambda name: noisy), tmp_path / "s", 8)
     nobody = replace(people, keypoints=np.full_like(people.keypoints, np.nan))
-    with pytest.raises(InputError, match=r"pose p\d+_\d.jpg is blank"):
+    with pytest.raises(InputError, match="only 0 pairs to calibrate with: expected at least 8 with joints"):
         calibrate.record(tiny_graph, nobody, tmp_path / "s", 8)
+
+
+def test_a_picture_without_joints_is_no_target(people: Split) -> None:
+    """It is left out, as in validation; one joint is enough, and as a source it needs none."""
+    keypoints = people.keypoints.copy()
+    keypoints[:2] = np.nan
+    keypoints[1, 4] = 50.0
+    pairs = calibrate.spread_pairs(replace(people, keypoints=keypoints), np.random.default_rng(0))
+    assert sorted(map(tuple, pairs)) == sorted((a, b) for a, b in map(tuple, people.pairs) if b != 0)
+    assert 0 in pairs[:, 0]
 
 
 def test_one_source_in_many_poses_calibrates(tiny_graph: Artifact, people: Split, tmp_path: Path) -> None:

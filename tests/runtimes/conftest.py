@@ -39,7 +39,7 @@ def make_graph(tmp_path: Path, tiny: Any) -> Callable[..., Artifact]:
         from safetensors.numpy import save_file
 
         out = tmp_path / "graph"
-        with artifact.replacing_folder(out) as folder:
+        with artifact.replacing_folder(out, "graph") as folder:
             onnx.save(
                 model(tiny),
                 folder / "frame.onnx",

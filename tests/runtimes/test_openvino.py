@@ -1,4 +1,4 @@
-"""OpenVINO: the IR, devices and precision, the cache, and memory that is shared with the caller."""
+"""OpenVINO: the IR, devices and precision, and memory that is shared with the caller."""
 
 from __future__ import annotations
 
@@ -128,41 +128,25 @@ def test_an_engine_of_another_graph(built: Path, tiny: Any) -> None:
         pass
 
 
-def test_the_cache_is_used_and_lies_apart(built: Path, tmp_path: Path, tiny: Any) -> None:
+def test_nothing_is_kept_that_could_be_loaded_damaged(built: Path, tmp_path: Path, tiny: Any) -> None:
+    """OpenVINO's cache has no checksums: thousands of altered bytes gave another picture without a word."""
+    before = sorted(tmp_path.rglob("*"))
     with ov.open(built, tiny.SIGNATURE, OPTIONS) as session:
-        first = session.run(tiny.feeds(0))
-    cached = list((tmp_path / "cache" / "openvino").iterdir())
-    assert cached
-    with ov.open(built, tiny.SIGNATURE, OPTIONS) as session:
-        np.testing.assert_array_equal(session.run(tiny.feeds(0))["tokens"], first["tokens"])
-    assert list((tmp_path / "cache" / "openvino").iterdir()) == cached
-
-
-def test_a_damaged_cache_is_ignored(built: Path, tmp_path: Path, tiny: Any) -> None:
-    with ov.open(built, tiny.SIGNATURE, OPTIONS) as session:
-        first = session.run(tiny.feeds(0))
-    for file in (tmp_path / "cache" / "openvino").iterdir():
-        file.write_bytes(file.read_bytes()[:100])
-    with ov.open(built, tiny.SIGNATURE, OPTIONS) as session:
-        np.testing.assert_allclose(session.run(tiny.feeds(0))["tokens"], first["tokens"], atol=1e-5)
-
-
-def test_works_without_a_cache(built: Path, tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("RPFM_EDGE_CACHE", str(tmp_path / "file"))
-    assert cache_folder("openvino") is None
-    with ov.open(built, tiny.SIGNATURE, OPTIONS) as session:
-        assert session.run(tiny.feeds(0))["image"].shape == tiny.IMAGE
+        session.run(tiny.feeds(0))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_default_cache_is_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RPFM_EDGE_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_folder("openvino") == tmp_path / ".cache" / "rpfm-edge" / "openvino"
+    assert cache_folder("tensorrt") == tmp_path / ".cache" / "rpfm-edge" / "tensorrt"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
-    assert cache_folder("openvino") == tmp_path / "own" / "rpfm-edge" / "openvino"
+    assert cache_folder("tensorrt") == tmp_path / "own" / "rpfm-edge" / "tensorrt"
     assert cached_file() == tmp_path / "own" / "rpfm-edge" / "pose" / "pose_landmark_full.tflite"
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RPFM_EDGE_CACHE", str(tmp_path / "file"))
+    assert cache_folder("tensorrt") is None
 
 
 def test_feeds_are_kept_no_longer_than_the_session(built: Path, tiny: Any) -> None:

@@ -31,9 +31,9 @@ def no_gpu() -> None:
     ("options", "message"),
     [
         ({"device": "DLA"}, r"option device is 'DLA': expected 'GPU', because a DLA multiplies by constants only"),
-        ({"optimization_level": 6}, "option optimization_level is 6: expected 0 to 5"),
+        ({"optimization_level": 6}, "option optimization_level is 6: expected an integer, 0 to 5"),
         ({"cuda_graph": 1}, "option cuda_graph is 1: expected true or false"),
-        ({"workspace_mib": True}, "option workspace_mib is True: expected an integer, 0 or more"),
+        ({"workspace_mib": True}, "option workspace_mib is True: expected an integer, 0 to 2147483647"),
         ({"hardware_compatible": "all"}, r"option hardware_compatible is 'all': expected one of \['no', "),
         ({"library": "trt"}, r"option library is 'trt': expected one of \['auto', 'tensorrt', 'tensorrt_rtx'"),
     ],

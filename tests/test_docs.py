@@ -1,0 +1,92 @@
+"""The pages: their links lead somewhere, their commands and options exist, and the list of modules is complete."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from benchmarks.peers import table as peers
+from rpfm_edge import frontier_table
+from rpfm_edge.cli import app
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks/README.md"])
+MAIN: Any = typer.main.get_command(app)
+COMMANDS: dict[str, Any] = MAIN.commands
+FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+# where options live that are not of rpfm-edge
+SOURCES = ("scripts/*.py", "benchmarks/**/*.py", "recipes/*.py", "clients/*.py", "deploy/jetson/*.sh")
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def options(command: str) -> set[str]:
+    return {word for parameter in COMMANDS[command].params for word in (*parameter.opts, *parameter.secondary_opts)}
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words of every ``rpfm-edge`` in code; continued lines joined, comments left out."""
+    code = [*FENCE.findall(text), *re.findall(r"`([^`]+)`", FENCE.sub("", text))] if "```" in text else [text]
+    for line in "\n".join(code).replace("\\\n", " ").splitlines():
+        for found in re.findall(r"(?:^|[\s=])rpfm-edge ([a-z]+\b[^\n|&;`]*)", line):
+            yield found.partition(" #")[0].split()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links(page: Path) -> None:
+    text = FENCE.sub("", page.read_text())
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not link.startswith("http"):
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), f"{link} leads nowhere"
+            assert not anchor or anchor in anchors(target), f"{link} has no such heading"
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "docs/examples/gate.yml"], ids=name)
+def test_commands(page: Path) -> None:
+    for command, *words in commands(page.read_text()):
+        assert command in COMMANDS, f"rpfm-edge has no {command}"
+        given = {word.partition("=")[0] for word in words if word.startswith("--")}
+        assert given <= options(command) | {"--help"}, f"rpfm-edge {command} has no {given - options(command)}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_tables_of_options(page: Path) -> None:
+    ours = set().union(*map(options, COMMANDS))
+    others = "\n".join(path.read_text() for pattern in SOURCES for path in ROOT.glob(pattern))
+    for cell in re.findall(r"^\| (`--[^|]*)\|", page.read_text(), re.MULTILINE):
+        for option in re.findall(r"--[\w-]+", cell):
+            assert option in ours or re.search(rf"{option}\b(?!-)", others), f"there is no {option}"
+
+
+def test_every_module_is_listed() -> None:
+    block = (ROOT / "CONTRIBUTING.md").read_text().partition("## Modules")[2].split("```")[1]
+    listed, folder = set(), list[str]()
+    for spaces, entry in re.findall(r"^( *)(\S+)", block, re.MULTILINE):
+        folder = [*folder[: len(spaces) // 2], entry.rstrip("/")]
+        listed.add("/".join(folder))
+    there = {
+        name(path) for top in ("rpfm_edge", "distill", "quantize", "runtimes") for path in ROOT.glob(f"{top}/**/*.py")
+    }
+    assert {entry for entry in there if not entry.endswith("__init__.py")} <= listed
+    assert not [entry for entry in listed if not (ROOT / entry).exists()]
+
+
+@pytest.mark.parametrize("markers", [(frontier_table.BEGIN, frontier_table.END), (peers.BEGIN, peers.END)])
+def test_the_numbers_have_a_place_for_the_tables(markers: tuple[str, str]) -> None:
+    text = (ROOT / "docs/numbers.md").read_text()
+    assert frontier_table.put_between(text, "| new |", *markers).count("| new |") == 1
