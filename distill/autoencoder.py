@@ -165,7 +165,8 @@ def describe(autoencoder: nn.Module) -> dict[str, Any]:
     if isinstance(autoencoder, SmallAutoencoder):
         return {"kind": "small", **asdict(autoencoder.config)}
     if isinstance(autoencoder, KLAutoencoder):
-        return {"kind": "kl", "config": dict(autoencoder.vae.config)}
+        config = {k: v for k, v in autoencoder.vae.config.items() if not k.startswith("_")}  # where it was read from, …
+        return {"kind": "kl", "config": config}
     raise ConfigError(
         f"autoencoder {type(autoencoder).__name__}", expected="SmallAutoencoder or KLAutoencoder", fix="wrap it in one"
     )

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from distill.autoencoder import Autoencoder
+from distill.autoencoder import Autoencoder, describe
 from distill.resident import Pictures, as_model, fits, make_pictures, open_pictures
+from distill.weights import readable
 from rpfm_edge.artifact import json_digest, write_bytes
 from rpfm_edge.data import Split
 from rpfm_edge.image import to_model
@@ -92,7 +93,9 @@ def encode_split(
     if not file.exists():
         pictures = pictures or open_pictures(split, size, device)
         write_bytes(file, save({"latents": _encode(pictures, autoencoder, device)}))
-    return settle_split(EncodedSplit(split, load_file(file)["latents"], size), device)
+    with readable(file, "whole latents", "delete it, and they are encoded again"):
+        latents = load_file(file)["latents"]
+    return settle_split(EncodedSplit(split, latents, size), device)
 
 
 def settle_split(data: EncodedSplit, device: torch.device | str, resident: bool | None = None) -> EncodedSplit:
@@ -129,9 +132,9 @@ def _encode(pictures: Pictures, autoencoder: Autoencoder, device: torch.device |
 
 
 def fingerprint(autoencoder: Autoencoder) -> str:
-    """sha256 of the weights, the same on every device."""
+    """sha256 of config and weights, the same on every device."""
     assert isinstance(autoencoder, nn.Module)
-    sha = hashlib.sha256()
+    sha = hashlib.sha256(json_digest(describe(autoencoder)).encode())
     for name, value in autoencoder.state_dict().items():
         sha.update(name.encode())
         sha.update(value.detach().float().cpu().numpy().tobytes())

@@ -18,11 +18,18 @@ from torch import nn
 from distill import autoencoder as autoencoders
 from distill.autoencoder import AutoencoderTraining, SmallAutoencoder, SmallAutoencoderConfig, train_autoencoder
 from distill.batches import EncodedSplit, encode_split, fingerprint
-from distill.qad import Precision, QadConfig, train_rounded
+from distill.qad import QadConfig, train_rounded
 from distill.resident import Pictures, open_pictures
 from distill.rpfm import RPFM, RPFMConfig, preset
 from distill.store import StoreConfig, build_store, load_store
-from distill.student import METHODS, DistillConfig, Method, create_student, load_student, save_student, train_student
+from distill.student import (
+    METHODS,
+    DistillConfig,
+    create_student,
+    load_student,
+    save_student,
+    train_student,
+)
 from distill.teacher import (
     TOOLS,
     FlowMatchingConfig,
@@ -39,8 +46,10 @@ from distill.weights import load_weights, save_weights
 from rpfm_edge import artifact
 from rpfm_edge.artifact import Artifact, Stage, json_digest, tool_versions
 from rpfm_edge.data import Split
-from rpfm_edge.errors import ConfigError
-from rpfm_edge.recipe import check_size
+from rpfm_edge.errors import ConfigError, InputError
+from rpfm_edge.flow import check_steps
+from rpfm_edge.recipe import Distillation, QadTable, TeacherTraining, check_size
+from rpfm_edge.stages import identity
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 LEARNING_RATES = {"int8": 1e-5, "int4-weights": 2e-5}
@@ -48,72 +57,37 @@ CURVE_POINTS = 50  # of the held-out loss, whatever the budget
 
 
 @dataclass(frozen=True, slots=True)
-class TrainRecipe:
-    """A teacher from nothing: an autoencoder, then the flow network on its latents. ``seconds`` are training time.
+class TrainRecipe(TeacherTraining):
+    """A teacher from nothing. ``cache``: folder of the encoded latents, beside the result if not given."""
 
-    ``cache``: folder of the encoded latents, beside the result if not given. ``compile``: by torch.compile.
-    """
-
-    preset: str = "xs"
-    autoencoder: str = "small"  # or the folder of a diffusers AutoencoderKL
-    autoencoder_seconds: float = 780.0
-    autoencoder_batch: int = 8
-    seconds: float = 3300.0
-    lr: float = 1e-3
-    ema: float = 0.999
-    sources: int = 4
-    targets_per_source: int = 8
-    compile: bool = False
-    guidance_scale: float = 1.5
-    guidance_schedule: str = "constant"
     weights: str = "fp16"
-    size: tuple[int, int] = (256, 176)
     cache: str | None = None
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class DistillRecipe:
+class DistillRecipe(Distillation):
     """A student from a teacher. ``trajectories`` and ``store_seconds`` bound the store, ``seconds`` the training.
 
-    ``init``: a student (path or shipped name) whose weights it starts from. ``store`` and ``cache``: folders of the
-    teacher's paths and of the encoded latents, which the students of one teacher may share; beside the result if not
-    given. ``perceptual_weight``: of the decoded edges, with ``endpoint`` only.
+    ``store`` and ``cache``: folders of the teacher's paths and of the encoded latents, which the students of one
+    teacher may share; beside the result if not given.
     """
 
-    method: Method = "flowmap"
-    steps: int = 4
-    init: str | None = None
     store: str | None = None
     cache: str | None = None
     trajectories: int = 2048
     store_seconds: float | None = None
-    seconds: float = 600.0
-    lr: float = 5e-4
     ema: float = 0.995
-    batch: int = 64
     targets_per_source: int = 8
-    perceptual_weight: float | None = None
-    compile: bool = False
-    preset: str | None = None  # the student's architecture, where the teacher is no RPFM network
     weights: str = "fp16"
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class QadRecipe:
-    """A student fine-tuned for a precision: its rounded self learns to make the pictures of its float self.
+class QadRecipe(QadTable):
+    """A student fine-tuned for a precision."""
 
-    ``steps``: unrolled; the student's own if not given. ``lr``: 1e-5 for int8 and 2e-5 for int4-weights, whose grid is
-    coarser, if not given. ``batch``: poses of one source in a batch.
-    """
-
-    precision: Precision = "int8"
-    steps: int | None = None
-    seconds: float = 400.0
-    lr: float | None = None
     ema: float = 0.98
-    batch: int = 4
     weights: str = "fp16"
     seed: int = 0
 
@@ -124,6 +98,7 @@ def train(recipe: TrainRecipe, split: Split, out: Path, validation: Split | None
     With ``validation`` its config holds the curve of the loss on these people: ``[seconds, step, loss]`` each.
     """
     _check_choice("weights", recipe.weights, DTYPES)
+    _check_people(split, validation)
     torch.manual_seed(recipe.seed)
     processes = join_processes()
     autoencoder, stages, data, held_out = _encoded(recipe, split, validation, _work(out))
@@ -134,7 +109,8 @@ def train(recipe: TrainRecipe, split: Split, out: Path, validation: Split | None
     )
     learnt_from = {
         "autoencoder": fingerprint(autoencoder),
-        "data": json_digest(split.names),
+        "data": split.digest,
+        "size": recipe.size,
         "batch": [recipe.sources, recipe.targets_per_source],
     }
     config = FlowMatchingConfig(
@@ -158,6 +134,20 @@ def train(recipe: TrainRecipe, split: Split, out: Path, validation: Split | None
         save_teacher(teacher, out, lineage, DTYPES[recipe.weights], **curves)
     processes.wait_for_everyone()
     return artifact.load(out, "teacher")
+
+
+def _check_people(split: Split, validation: Split | None = None) -> None:
+    """Refuse now what would end the run after the first training: nobody with a pair, no picture to validate on."""
+    for kind, people in (("training", split), ("validation", validation)):
+        if people is not None and not len(people.pairs):
+            raise InputError(
+                f"the {kind} people of {people.root} have no pairs",
+                expected="two pictures of some person, as a pair",
+                fix="add pairs to its list",
+            )
+    if validation is not None:
+        for name in validation.names:
+            validation.read(name)
 
 
 def _work(out: Path) -> Path:
@@ -189,7 +179,7 @@ def _autoencoder(recipe: TrainRecipe, pictures: Pictures, work: Path) -> tuple[A
         return loaded.to(dtype).float(), (stage,)
     check_size(recipe.size, SmallAutoencoder.factor * patch)
     autoencoder, defaults = SmallAutoencoder(SmallAutoencoderConfig()), AutoencoderTraining()
-    learnt_from = {"data": json_digest(pictures.split.names), "batch": recipe.autoencoder_batch}
+    learnt_from = {"data": json_digest(pictures.split.names), "size": recipe.size, "batch": recipe.autoencoder_batch}
     limits = replace(
         defaults.train,
         seconds=recipe.autoencoder_seconds,
@@ -198,7 +188,7 @@ def _autoencoder(recipe: TrainRecipe, pictures: Pictures, work: Path) -> tuple[A
         compile=recipe.compile,
     )
     config = replace(defaults, train=limits, batch=recipe.autoencoder_batch)
-    key = json_digest([recipe.autoencoder_seconds, recipe.seed, learnt_from])
+    key = json_digest([recipe.autoencoder_seconds, recipe.seed, recipe.weights, learnt_from])
     file = work / f"autoencoder-{key[:8]}.safetensors"
     if not file.exists():
         count, checkpoint = len(pictures.split.names), work / "autoencoder.safetensors"
@@ -213,16 +203,17 @@ def _autoencoder(recipe: TrainRecipe, pictures: Pictures, work: Path) -> tuple[A
 def distill(recipe: DistillRecipe, teacher_spec: str, split: Split, out: Path) -> Artifact:
     """Distill a teacher on the identities of ``split`` and write the student to ``out``."""
     config = _distill_config(recipe)
+    _check_people(split)
     torch.manual_seed(recipe.seed)
     work, processes = _work(out), join_processes()
     teacher = load_teacher(teacher_spec)
     autoencoders.describe(cast(nn.Module, teacher.autoencoder))  # one that cannot be saved is refused now
     start, origin = load_student(recipe.init) if recipe.init else (None, None)
     student = create_student(teacher, config, _architecture(recipe, teacher), start.network if start else None)
-    identity = getattr(teacher, "digest", "") or teacher_spec
-    inputs = {"teacher": identity} | ({"init": origin.digest} if origin else {})
+    known_as = getattr(teacher, "digest", "") or identity(teacher_spec)
+    inputs = {"teacher": known_as} | ({"init": origin.digest} if origin else {})
     stored = StoreConfig(recipe.trajectories, targets_per_source=recipe.targets_per_source, seed=recipe.seed + 1)
-    config = _with_inputs(config, {**inputs, "store": asdict(stored), "data": json_digest(split.names)})
+    config = _with_inputs(config, {**inputs, "store": asdict(stored), "data": split.digest})
     name = f"{recipe.method}-{recipe.steps}" + (f"-{origin.digest[:8]}" if origin else "")
     checkpoint = work / f"{name}.safetensors"
     check_settings(checkpoint, config.train)  # before the store is extended for it
@@ -231,7 +222,7 @@ def distill(recipe: DistillRecipe, teacher_spec: str, split: Split, out: Path) -
         cache = Path(recipe.cache) if recipe.cache else work
         data = encode_split(split, teacher.autoencoder, cache, teacher.size, processes.device)
     folder = Path(recipe.store) if recipe.store else work / "store"
-    build_store(teacher, identity, data, folder, stored, recipe.store_seconds, processes)
+    build_store(teacher, known_as, data, folder, stored, recipe.store_seconds, processes)
     processes.wait_for_everyone()
     store = load_store(folder, stored, processes.device)
     student, history = train_student(student, data, store, config, checkpoint)
@@ -254,7 +245,8 @@ def fine_tune(recipe: QadRecipe, student_spec: str, split: Split, out: Path) -> 
     processes = join_processes()
     student, origin = load_student(student_spec)
     size, steps = tuple(origin.config["size"]), recipe.steps or int(origin.config["steps"])
-    learnt_from = {"student": origin.digest, "data": json_digest(split.names), "batch": recipe.batch}
+    check_steps(origin.config, steps)
+    learnt_from = {"student": origin.digest, "data": split.digest, "batch": recipe.batch}
     learnt_from |= {"precision": recipe.precision, "steps": steps}
     limits = TrainConfig(
         seconds=recipe.seconds,

@@ -25,6 +25,7 @@ from distill.teacher import encode_pose
 from rpfm_edge import artifact
 from rpfm_edge.artifact import Artifact, Stage, tool_versions
 from rpfm_edge.errors import ParityError
+from rpfm_edge.flow import check_steps
 from rpfm_edge.signature import Signature, TensorSpec
 
 OPSET = 20
@@ -88,10 +89,12 @@ def export(path: str | Path, out: Path, steps: int | None = None, noise_seed: in
         noise_seed: of the noise that the graph artifact carries and every frame uses by default.
 
     Raises:
+        ConfigError: the student has not learnt to run with ``steps``.
         ParityError: the ONNX graph and torch disagree by more than 1e-4; nothing is written then.
     """
     student, loaded = load_student(path)
     steps, size = steps or int(loaded.config["steps"]), tuple(loaded.config["size"])
+    check_steps(loaded.config, steps)
     boundary = signatures(student, size)
     noise = np.random.default_rng(noise_seed).standard_normal(boundary["frame"].input("noise").shape, dtype=np.float32)
     feeds = example_feeds(student, boundary, noise)
@@ -109,7 +112,7 @@ def export(path: str | Path, out: Path, steps: int | None = None, noise_seed: in
         "factory": FACTORY,
         "student": loaded.digest,
     }
-    with artifact.replacing_folder(out) as folder:
+    with artifact.replacing_folder(out, "graph") as folder:
         deviation = {
             name: write_graph(module, boundary[name], feeds[name], folder / f"{name}.onnx")
             for name, module in (("prepare", Prepare(student)), ("frame", Frame(student, steps)))

@@ -63,12 +63,8 @@ class Rendering(nn.Module):
         """(S, 3, H, W) in [-1, 1], (B, 3, H, W), (B, C, h, w), B a multiple of S → (B, 3, H, W) and the latent after
         each step."""
         condition = self.student.condition(self.student.autoencoder.encode(source), pose)
-        x, states = noise, []
-        for k in range(self.steps):
-            t, d = x.new_full((len(x),), k / self.steps), x.new_full((len(x),), 1 / self.steps)
-            x = x + self.student.average_velocity(x, t, d, condition) / self.steps
-            states.append(x)
-        return (self.student.autoencoder.decode(x), *states)
+        _, *states = self.student.path(noise, condition, self.steps)
+        return (self.student.autoencoder.decode(states[-1]), *states)
 
 
 def int8_layers(student: Student) -> dict[str, nn.Module]:

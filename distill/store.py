@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +24,8 @@ from torch import Tensor
 from distill.batches import EncodedSplit
 from distill.resident import settle
 from distill.teacher import Teacher
-from rpfm_edge.artifact import json_digest, write_bytes, write_text
+from distill.weights import readable
+from rpfm_edge.artifact import write_bytes, write_text
 from rpfm_edge.data import Split, draw_batch
 from rpfm_edge.errors import ConfigError, InputError
 from rpfm_edge.flow import Solver, solve, time_grid
@@ -131,7 +134,7 @@ def _shards(folder: Path, config: StoreConfig | None = None) -> list[Path]:
 def _solved_s(files: Iterable[Path]) -> float:
     total = 0.0
     for file in files:
-        with safe_open(file, framework="pt") as opened:
+        with _readable(file), safe_open(file, framework="pt") as opened:
             total += float((opened.metadata() or {}).get("solved_s", 0.0))
     return total
 
@@ -172,13 +175,10 @@ def _fast_bfloat16(kind: str) -> bool:
 def _check_meta(out: Path, config: StoreConfig, identity: str, split: Split) -> None:
     """A store is of one teacher, data set and config; mixing shards of two would poison the student silently."""
     fields = {k: v for k, v in asdict(config).items() if k not in ("trajectories", "shards_per_solve")}  # it may grow
-    data = json_digest({"names": split.names, "pairs": split.pairs.tolist()})  # wherever it lies
-    meta, file = {"teacher": identity, "data": data, **fields}, out / "store.json"
+    meta, file = {"teacher": identity, "data": split.digest, **fields}, out / "store.json"
     if not file.exists():
         write_text(file, json.dumps(meta, indent=1))
-        return
-    saved = {"data": data, **json.loads(file.read_text(encoding="utf-8"))}  # older ones do not know their data
-    if saved != meta:
+    elif (saved := _read_meta(file)) != meta:
         raise ConfigError(
             f"{out} holds trajectories of another teacher, data set or config",
             expected=str(saved),
@@ -186,18 +186,30 @@ def _check_meta(out: Path, config: StoreConfig, identity: str, split: Split) -> 
         )
 
 
+def _read_meta(file: Path) -> dict[str, Any]:
+    with readable(file, "what store.json of a store says", "delete its folder to solve the paths afresh"):
+        meta: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return meta
+
+
+def _readable(shard: Path) -> AbstractContextManager[None]:
+    return readable(shard, "a whole shard", "delete it, and its paths are solved again")
+
+
 def load_store(folder: Path, config: StoreConfig | None = None, device: torch.device | str = "cpu") -> Trajectories:
     """Read the shards into memory, or onto a GPU where they fit; of a larger store only those of ``config``."""
     files = _shards(folder, config)
     if not files:
         raise InputError(f"{folder} has no trajectories", expected="shard-*.safetensors", fix="build the store first")
-    shards = [load_file(file) for file in files]
+    shards = []
+    for file in files:
+        with _readable(file):
+            shards.append(load_file(file))
     merged = {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
-    meta = json.loads((folder / "store.json").read_text(encoding="utf-8"))
     return Trajectories(
         states=settle(merged["states"], device),
         sources=merged["sources"].numpy(),
         targets=merged["targets"].numpy(),
         flips=merged["flips"].numpy(),
-        targets_per_source=meta["targets_per_source"],
+        targets_per_source=_read_meta(folder / "store.json")["targets_per_source"],
     )

@@ -23,7 +23,7 @@ from distill.weights import load_weights, save_weights
 from rpfm_edge import artifact, assets
 from rpfm_edge.artifact import Artifact, Stage
 from rpfm_edge.errors import ConfigError
-from rpfm_edge.flow import sample
+from rpfm_edge.flow import MAP_STEPS, path
 
 Method = Literal["reflow", "flowmap", "endpoint"]
 METHODS = ("reflow", "flowmap", "endpoint")
@@ -61,11 +61,15 @@ class Student(nn.Module):
 
     def sample(self, noise: Tensor, condition: dict[str, Tensor], steps: int) -> Tensor:
         """The latent at t = 1 from (B, C, h, w) noise, in ``steps`` evaluations."""
+        return self.path(noise, condition, steps)[-1]
+
+    def path(self, noise: Tensor, condition: dict[str, Tensor], steps: int) -> list[Tensor]:
+        """The latents at t = 0 (the noise), 1/steps, …, 1."""
 
         def average_velocity(x: Tensor, t: float, d: float) -> Tensor:
             return self.average_velocity(x, x.new_full((len(x),), t), x.new_full((len(x),), d), condition)
 
-        return sample(average_velocity, noise, steps)
+        return path(average_velocity, noise, steps)
 
 
 class DistillLoss(nn.Module):
@@ -86,15 +90,12 @@ class DistillLoss(nn.Module):
 
     def _endpoint(self, student: Student, condition: dict[str, Tensor], *wanted: Tensor) -> Tensor:
         """Unroll all steps with gradient; the end counts fully, the states on the way by half, edges after decoding."""
-        steps = self.config.steps
-        x, loss = wanted[0], wanted[0].new_zeros(())
-        for k in range(steps):
-            t, d = x.new_full((len(x),), k / steps), x.new_full((len(x),), 1 / steps)
-            x = x + student.average_velocity(x, t, d, condition).float() / steps
-            loss = loss + (1.0 if k == steps - 1 else 0.5) * targets.pseudo_huber(x - wanted[k + 1])
+        states = student.path(wanted[0], condition, self.config.steps)
+        errors = [targets.pseudo_huber(made - want) for made, want in zip(states[1:], wanted[1:], strict=True)]
+        loss = 0.5 * (torch.stack(errors).sum() + errors[-1])
         if self.config.perceptual_weight:
             few = self.config.perceptual_images
-            image = student.autoencoder.decode(x[:few])
+            image = student.autoencoder.decode(states[-1][:few])
             with torch.no_grad():
                 reference = student.autoencoder.decode(wanted[-1][:few])
             perceptual = sum(F.l1_loss(a, b) for a, b in zip(edges(image), edges(reference), strict=True))
@@ -121,10 +122,9 @@ def create_student(
     """
     if config.method not in METHODS:
         raise ConfigError(f"unknown method {config.method!r}", expected=f"one of {METHODS}", fix="check the spelling")
-    if config.method == "flowmap" and config.steps not in (1, 2, 4, 8):
-        raise ConfigError(f"{config.steps} steps", expected="1, 2, 4 or 8 for a flow map", fix="choose one of them")
-    if config.method == "endpoint" and config.steps not in (1, 2, 4, 8):
-        raise ConfigError(f"{config.steps} steps", expected="1, 2, 4 or 8 on the stored grid", fix="choose one of them")
+    if config.method != "reflow" and config.steps not in MAP_STEPS:
+        expected = f"1, 2, 4 or 8, which the stored paths have, for {config.method}"
+        raise ConfigError(f"{config.steps} steps", expected=expected, fix="choose one of them")
     start = start or (teacher.network if isinstance(teacher, RPFMTeacher) else None)
     if start is not None:
         _check_start(teacher, config, network, start.config)
@@ -206,7 +206,7 @@ def save_student(
         "steps": config.steps,
         **facts,
     }
-    with artifact.replacing_folder(out) as folder:
+    with artifact.replacing_folder(out, "student") as folder:
         save_weights(student.network, folder / "network.safetensors", dtype)
         save_weights(student.autoencoder, folder / "autoencoder.safetensors", dtype)
         artifact.seal(folder, "student", record, {}, lineage)

@@ -217,7 +217,7 @@ def save_teacher(
         "guidance": asdict(teacher.guidance),
         **facts,
     }
-    with artifact.replacing_folder(out) as folder:
+    with artifact.replacing_folder(out, "teacher") as folder:
         save_weights(teacher.network, folder / "network.safetensors", dtype)
         save_weights(teacher.autoencoder, folder / "autoencoder.safetensors", dtype)
         artifact.seal(folder, "teacher", config, {}, lineage)
@@ -270,4 +270,23 @@ def call_factory(spec: str) -> Any:
             expected="the velocity contract of distill.teacher.Teacher",
             fix="add what is missing",
         )
+    _check_shapes(spec, teacher)
     return teacher
+
+
+@torch.no_grad()
+def _check_shapes(spec: str, teacher: Any) -> None:
+    """Its latents are those of its autoencoder at its size, and so is a velocity: asked now, not amid the paths."""
+    encoder, shape, size = teacher.autoencoder, tuple(teacher.latent_shape), tuple(teacher.size)
+    wanted = (encoder.latent_channels, *(pixels / encoder.factor for pixels in size))
+    problem, fix = f"latent_shape {shape}", "correct latent_shape, size or autoencoder"
+    if shape == wanted:
+        place = next((weight.device for weight in getattr(encoder, "parameters", list)()), None)
+        x = torch.zeros(1, *shape, device=place)
+        found = teacher.velocity(x, 0.5, teacher.condition(x, x.new_zeros(1, 3, *size)))
+        if isinstance(found, Tensor) and found.shape == x.shape:
+            return
+        kind = list(found.shape) if isinstance(found, Tensor) else f"of the type {type(found).__name__}"
+        wanted, problem, fix = x.shape, f"a velocity {kind} for one latent", "return a torch tensor of the shape of x"
+    expected = f"[{', '.join(f'{number:g}' for number in wanted)}]"
+    raise ConfigError(f"teacher {spec!r} has {problem}", expected=expected, fix=fix)

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,14 +24,15 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from distill.weights import readable
 from rpfm_edge.artifact import write_bytes
-from rpfm_edge.errors import ArtifactError, ConfigError
+from rpfm_edge.errors import ConfigError
 from rpfm_edge.progress import progress
 
 LossFunction = Callable[[nn.Module, int, np.random.Generator], Tensor]
 Evaluate = Callable[[nn.Module], float]
 FETCH_EVERY = 20  # steps between two waits for the device
-EVALUATION_SHARE = 0.03  # of the time, at most
+SHARE = 0.03  # of the time that evaluating takes, and that saving takes, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +91,9 @@ def fit(
     Resumes from ``checkpoint`` (one safetensors file) if it exists, and saves there every ``save_every_s`` seconds
     and at the end. Learning rate: linear warm-up, then cosine over the budget.
 
-    ``evaluate(ema)`` is called every ``evaluate_every_s`` seconds and at the end, but not so often that it takes more
-    than 3 % of the time. Its time does not count: the budget is training alone, so that a run learns the same whether
-    it is watched or not.
+    ``evaluate(ema)`` is called every ``evaluate_every_s`` seconds and at the end. Neither evaluating nor saving is done
+    so often that it takes more than 3 % of the time, and neither counts: the budget is training alone, so that a run
+    learns the same whether it is watched or not, on a fast disk or a slow one.
     """
     if not config.seconds and not config.steps:
         raise ConfigError("a training run without a budget", expected="seconds or steps", fix="give one of them")
@@ -106,8 +107,8 @@ def fit(
             if history.step % FETCH_EVERY == 0:
                 run.fetch()
             advance(1000 * _progress(history, config), run.note())
-            if history.elapsed_s - saved > config.save_every_s:
-                run.save()
+            if history.elapsed_s - saved > max(config.save_every_s, run.save_s / SHARE):
+                begun += run.save()
                 saved = history.elapsed_s
             if watched and run.evaluation_is_due():
                 begun += run.evaluate(watched)
@@ -133,6 +134,7 @@ class _Run:
     title: str
     pending: list[Tensor] = field(default_factory=list)  # losses that are still on the device
     evaluation_s: float = 0.0  # how long the last evaluation took
+    save_s: float = 0.0  # and the last checkpoint
 
     def train_step(self, loss: LossFunction, done: float) -> None:
         """One step of the optimizer, without waiting for the device."""
@@ -176,16 +178,19 @@ class _Run:
         known = self.history.losses[-50:]
         return f"loss {np.mean(known):.4f}" if known else ""
 
-    def save(self) -> None:
-        """Write the checkpoint, unless the last losses say that the state is spoilt."""
+    def save(self) -> float:
+        """Write the checkpoint, unless the last losses say that the state is spoilt; returns the seconds it took."""
         self.fetch()
+        started = time.monotonic()
         if self.accelerator.is_main_process:
             _save(self.checkpoint, self.module, self.ema, self.optimizer, self.history, _settings(self.config))
+        self.save_s = _agree(self.accelerator, time.monotonic() - started)
+        return time.monotonic() - started  # also of those that have waited for the one that writes
 
     def evaluation_is_due(self) -> bool:
         """The same in all processes, which evaluate at the same step."""
         last = self.history.validation[-1][0] if self.history.validation else 0.0
-        pause_s = max(self.config.evaluate_every_s, self.evaluation_s / EVALUATION_SHARE)
+        pause_s = max(self.config.evaluate_every_s, self.evaluation_s / SHARE)
         return self.history.elapsed_s - last >= pause_s
 
     def evaluate(self, evaluate: Evaluate) -> float:
@@ -275,17 +280,9 @@ def _differences(saved: Mapping[str, Any], given: Mapping[str, Any], prefix: str
     return found
 
 
-@contextmanager
-def _readable(checkpoint: Path) -> Iterator[None]:
-    """Say of a checkpoint that cannot be read, or that is of another network, what to do with it."""
-    try:
-        yield
-    except Exception as error:
-        raise ArtifactError(
-            f"{checkpoint} does not fit this run ({str(error).splitlines()[0]})",
-            expected="a checkpoint of the same network",
-            fix="delete it to start afresh, or give another output folder",
-        ) from None
+def _readable(checkpoint: Path) -> AbstractContextManager[None]:
+    fix = "delete it to start afresh, or give another output folder"
+    return readable(checkpoint, "a checkpoint of the same network", fix)
 
 
 def _progress(history: History, config: TrainConfig) -> float:

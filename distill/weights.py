@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -32,3 +34,13 @@ def load_weights(module: nn.Module, path: Path) -> None:
             expected=f"the weights of a {type(module).__name__}",
             fix="copy or make the artifact again",
         ) from None
+
+
+@contextmanager
+def readable(file: Path, expected: str, fix: str) -> Iterator[None]:
+    """Say of a file in a work folder that cannot be read, or that is of another network, what to do with it."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ArtifactError(f"{file} does not fit this run ({reason})", expected=expected, fix=fix) from None

@@ -74,7 +74,8 @@ def record(graph: Artifact, split: Split, out: Path, count: int = 64, seed: int 
 
     Args:
         graph: a float graph artifact; its ``prepare`` is run once per source.
-        split: pictures, poses and pairs; training data, because what calibrates must not judge.
+        split: pictures, poses and pairs; training data, because what calibrates must not judge. Pairs whose target
+            has no joint are left out.
         count: samples, of as many different identities and sources as there are; all pairs if there are fewer.
 
     Raises:
@@ -91,7 +92,7 @@ def record(graph: Artifact, split: Split, out: Path, count: int = 64, seed: int 
     if len(pairs) < LEAST_SAMPLES:
         raise InputError(
             f"{split.root} has only {len(pairs)} pairs to calibrate with",
-            expected=f"at least {LEAST_SAMPLES}",
+            expected=f"at least {LEAST_SAMPLES} with joints in the target",
             fix="use a larger data set",
         )
     boundary = graph.signatures["frame"]
@@ -125,8 +126,10 @@ def load(path: Path) -> Samples:
 
 
 def spread_pairs(split: Split, rng: np.random.Generator) -> np.ndarray:
-    """All pairs (P, 2) in random order, but round after round over the identities, and over each one's sources."""
-    pairs = rng.permutation(split.pairs)
+    """All pairs (P, 2) whose target has a joint, in random order, but round after round over the identities, and over
+    each one's sources."""
+    visible = np.isfinite(split.keypoints).any(axis=(1, 2))
+    pairs = rng.permutation(split.pairs[visible[split.pairs[:, 1]]])
     pairs = pairs[np.argsort(_occurrence(pairs[:, 0]), kind="stable")]
     return pairs[np.argsort(_occurrence(split.identities[pairs[:, 0]]), kind="stable")]
 

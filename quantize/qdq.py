@@ -18,7 +18,7 @@ from quantize.layers import PRODUCTS
 from quantize.rewire import Made, along, pair, rewire
 from rpfm_edge.errors import ConfigError
 
-LEVELS = {"half": 64, "full": 127}  # of weights: see quantize.int8.Int8Config
+LEVELS = {"half": (63.5, 64), "full": (127.0, 127)}  # of weights (see Int8Config): steps to the largest, last integer
 NEVER_NEGATIVE = ("Relu", "Softmax")
 
 
@@ -46,10 +46,11 @@ def insert(
     _require_known(model, products)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     positive = never_negative(model) if activations == "unsigned" else frozenset()
+    levels, top = LEVELS[weights]
 
     def channels(node: onnx.NodeProto, place: int, weight: np.ndarray) -> tuple[np.ndarray, int]:
         axis = channel_axis(node, place, weight.ndim)
-        return channel_scales(weight, axis, LEVELS[weights]), axis
+        return channel_scales(weight, axis, levels), axis
 
     def factor(node: onnx.NodeProto, place: int, values: np.ndarray | None) -> Made:
         name = node.input[place]
@@ -62,7 +63,7 @@ def insert(
         if values is None:
             return pair(name, f"{node.name}/input{place}", (None, *_step(node, place, ranges, positive)))
         scale, axis = channels(node, place, values)
-        stored = np.round(values / along(scale, axis, values.ndim)).astype(np.int8)
+        stored = np.round(values / along(scale, axis, values.ndim)).clip(-top, top).astype(np.int8)
         return pair(name, f"{node.name}/weight", (stored, scale, np.zeros(len(scale), np.int8)), axis)
 
     made = rewire(model, products, factor, (2, 0, 1) if biases == "int32" else (0, 1))
@@ -106,8 +107,8 @@ def channel_axis(node: onnx.NodeProto, place: int, rank: int) -> int:
     return rank - 1 if flipped != (place == 1) else rank - 2
 
 
-def channel_scales(values: np.ndarray, axis: int, levels: int) -> np.ndarray:
-    """Float32 scale of every channel along ``axis``: its largest magnitude is the last level. A channel of zeros: 1."""
+def channel_scales(values: np.ndarray, axis: int, levels: float) -> np.ndarray:
+    """Float32 scale of every channel along ``axis``: its largest magnitude in ``levels`` steps. Zeros: 1."""
     others = tuple(other for other in range(values.ndim) if other != axis)
     scale = np.abs(values).max(axis=others).astype(np.float32) / np.float32(levels)
     scale[scale == 0] = 1

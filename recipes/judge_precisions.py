@@ -12,7 +12,8 @@ import argparse
 import json
 import logging
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from quantize import calibrate
 from rpfm_edge import artifact, bundle, measure, metrics
 from rpfm_edge.artifact import Artifact, write_text
 from rpfm_edge.bundle import size_bytes
+from rpfm_edge.errors import RpfmError
 from rpfm_edge.keypoints import pose_accuracy
 from rpfm_edge.measure import steady
 from rpfm_edge.pipeline import Pipeline
@@ -36,7 +38,8 @@ from rpfm_edge.validate import Pairs, bundle_images, draw_pairs
 BACKEND = "openvino"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 after an error, which is said in one sentence."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("graph", type=Path)
     parser.add_argument("quantized", nargs="*", help="NAME=PATH")
@@ -45,8 +48,18 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=60)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
+    try:
+        rows = run(given)
+    except RpfmError as error:
+        print(f"judge_precisions: {error}", file=sys.stderr)
+        return 2
+    show(rows)
+    return 0
 
+
+def run(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure, write ``given.out``, and return a row for each graph."""
     graph, splits, work = artifact.load(given.graph, "graph"), open_splits(given.data), given.out.with_suffix(".work")
     size, shape = tuple(graph.config["size"]), graph.config["latent_shape"]
     pairs = draw_pairs(splits.test, given.pairs, size, shape)
@@ -59,7 +72,7 @@ def main() -> None:
     rows = [judge(name, made, images, pairs) | {"frame": times[name].to_json()} for name, made in bundles.items()]
     found = {"rows": rows, "pairs": len(pairs.names), "samples": given.samples, "machine": measure.where()}
     write_text(given.out, json.dumps(found, indent=1))
-    show(rows)
+    return rows
 
 
 def naive(graph: Artifact, samples: Path, out: Path) -> Path:
@@ -69,7 +82,7 @@ def naive(graph: Artifact, samples: Path, out: Path) -> Path:
 
     nncf.set_log_level(logging.ERROR)
     recorded = calibrate.load(samples)
-    with artifact.replacing_folder(out) as folder:
+    with artifact.replacing_folder(out, "graph") as folder:
         for name in ("prepare", "frame"):
             data = nncf.Dataset(list(recorded.feeds(name)), dict)
             onnx.save(nncf.quantize(onnx.load(graph.file(f"{name}.onnx")), data), folder / f"{name}.onnx")
@@ -95,7 +108,7 @@ def judge(name: str, made: Artifact, images: dict[str, np.ndarray], pairs: Pairs
     errors = [float(np.mean((made.astype(float) - truth) ** 2)) for made in (exact, ours)]
     distances = [metrics.compare(truth, made) for made in (exact, ours)]
     ratios = {"mse": errors[1] / errors[0], "flip": distances[1]["flip"]["mean"] / distances[0]["flip"]["mean"]}
-    pose = pose_accuracy(ours, pairs.poses).get("pose", {})
+    pose: dict[str, Any] = pose_accuracy(ours, pairs.poses).get("pose", {})
     return {
         "name": name,
         "against_float": metrics.compare(exact, ours),
@@ -126,4 +139,4 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
