@@ -31,6 +31,7 @@ bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-json=runs/benchmarks.json
 
 $(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is Python {}.{}: expected 3.11 or later, which constraints.txt is for; run: make $(or $(MAKECMDGOALS),demo) PYTHON=python3.11".format(*sys.version_info))'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
 	touch $(READY)
