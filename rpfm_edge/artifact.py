@@ -190,8 +190,10 @@ def scratch_folder(out: Path) -> Iterator[Path]:
 @contextmanager
 def _locked(folder: Path, wait: bool = True) -> Iterator[bool]:
     """Hold the lock of ``folder``, which ends with the process. False if another has it and we do not ``wait``, or if
-    there are no locks: on Windows, and on some network file systems.
+    there are no locks: on Windows, and on some network file systems. A scratch folder is not waited for: whoever writes
+    in it is who has locked it.
     """
+    wait = wait and SCRATCH not in folder.name
     with ExitStack() as stack:
         try:
             handle = os.open(folder, os.O_RDONLY)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -422,3 +423,21 @@ def test_evidence_is_no_part_of_an_artifact(out: Path) -> None:
     (out / "manifest.json").write_text(json.dumps(manifest))
     assert artifact.load(out) == made
     assert artifact.load(out).digest == made.digest
+
+
+def test_artifacts_are_written_in_a_scratch_folder(tmp_path: Path) -> None:
+    """As a float graph on the way to an INT8 one; its process holds the lock of that folder already."""
+
+    def write() -> None:
+        with (
+            artifact.replacing_folder(tmp_path / "graph", "graph") as outer,
+            artifact.replacing_folder(outer / "float", "graph") as inner,
+        ):
+            (inner / "file").write_text("x")
+
+    writer = Thread(target=write, daemon=True)
+    writer.start()
+    writer.join(20)
+    assert not writer.is_alive()
+    assert (tmp_path / "graph" / "float" / "file").read_text() == "x"
+    assert [path.name for path in tmp_path.iterdir()] == ["graph"]
