@@ -39,7 +39,7 @@ def options(command: str) -> set[str]:
 
 def commands(text: str) -> Iterator[list[str]]:
     """The words of every ``rpfm-edge`` in code; continued lines joined, comments left out."""
-    code = [*FENCE.findall(text), *re.findall(r"`([^`]+)`", FENCE.sub("", text))] if "```" in text else [text]
+    code = [*FENCE.findall(text), *re.findall(r"`([^`]+)`", FENCE.sub("", text))] if "`" in text else [text]
     for line in "\n".join(code).replace("\\\n", " ").splitlines():
         for found in re.findall(r"(?:^|[\s=])rpfm-edge ([a-z]+\b[^\n|&;`]*)", line):
             yield found.partition(" #")[0].split()
