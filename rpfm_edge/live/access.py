@@ -7,7 +7,6 @@ import secrets
 import socket
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
@@ -43,12 +42,12 @@ class Access:
     origins: Collection[str] = ()
     pairing: set[str] = field(default_factory=set)
 
-    def known(self, headers: Mapping[str, str], query: Mapping[str, str]) -> bool:
+    def known(self, headers: Mapping[str, str], query: Mapping[str, str], cookies: Mapping[str, str]) -> bool:
         """Whether a request carries the token: bearer, cookie or ``?token=``."""
         if self.token is None:
             return True
         bearer = headers.get("authorization", "").removeprefix("Bearer ")
-        return any(self.fits(given) for given in (bearer, query.get("token", ""), _cookie(headers.get("cookie", ""))))
+        return any(self.fits(given) for given in (bearer, query.get("token"), cookies.get(COOKIE)))
 
     def fits(self, given: object) -> bool:
         """Compare a token in constant time."""
@@ -83,14 +82,6 @@ def _split(address: str) -> SplitResult:
         return urlsplit(address)
     except ValueError:  # half an IPv6 address
         return urlsplit("")
-
-
-def _cookie(header: str) -> str:
-    try:
-        cookies = SimpleCookie(header)
-    except CookieError:
-        return ""
-    return cookies[COOKIE].value if COOKIE in cookies else ""
 
 
 def choose_token(host: str, token_file: Path | None) -> str | None:

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,7 @@ import typer
 
 from rpfm_edge import tables
 from rpfm_edge.artifact import require_writable
-from rpfm_edge.errors import ConfigError
+from rpfm_edge.errors import ConfigError, RpfmError
 from rpfm_edge.image import load_image
 from rpfm_edge.live.access import Access, address, check_certificate, choose_token, is_loopback, qr_code
 from rpfm_edge.live.clients import Limits
@@ -65,10 +65,10 @@ def live(
             with _signals() as stop, serving(service, place) as running:
                 _announce(place, running, token_file is not None)
                 _wait(running, stop)
-        reason = write_session(report, service)
-    tables.say(f"wrote {report / 'live.json'}" + (f"; no page: {reason}" if reason else " and live.html"))
-    if running.errors:
-        raise running.errors[0]
+            reason = write_session(report, service)
+            tables.say(f"wrote {report / 'live.json'}" + (f"; no page: {reason}" if reason else " and live.html"))
+            if running.errors:
+                raise running.errors[0]
 
 
 def _positive(deadline_ms: float | None) -> float | None:
@@ -86,15 +86,21 @@ def opened(bundles: Sequence[str], backend: str | None) -> Iterator[list[Pipelin
 
 @contextmanager
 def recording(path: Path | None, size: tuple[int, int]) -> Iterator[Callable[[Frame], None] | None]:
-    """What takes frames for a video at ``path``, which is finished after the block."""
+    """What takes frames for a video at ``path``, which is finished after the block.
+
+    If the block fails, what was recorded is kept, and a fault of the recording does not hide the block's own.
+    """
     if path is None:
         yield None
         return
     recorder = Recorder(path, size)
     try:
         yield recorder.put
-    finally:
-        recorder.close()
+    except BaseException:
+        with suppress(RpfmError, OSError):
+            recorder.close()
+        raise
+    recorder.close()
     tables.say(f"wrote {path}: {recorder.written} frames, {recorder.dropped} dropped")
 
 

@@ -114,7 +114,7 @@ def _turned_away(request: Any, access: Access, tls: bool) -> Any:
         redirect = import_extra("starlette.responses", "live").RedirectResponse("/", status_code=303)
         redirect.set_cookie(COOKIE, access.token, httponly=True, samesite="lax", secure=tls)
         return redirect
-    if not access.known(request.headers, request.query_params):
+    if not access.known(request.headers, request.query_params, request.cookies):
         return _refusal(401, "no token, or a wrong one: expected the service's; scan its code or pass ?token=.")
     return None
 
@@ -147,9 +147,10 @@ class _TooBig(Exception):
 
 async def _take_source(service: Service, request: Any) -> int:
     """Read a picture and show that person; kept in memory only."""
-    data = await asyncio.wait_for(_picture(request, service.limits.upload_bytes), UPLOAD_S)
-    image = await asyncio.to_thread(decode_image, data, "the picture")
-    return await service.swap(image)
+    with service.uploading():
+        data = await asyncio.wait_for(_picture(request, service.limits.upload_bytes), UPLOAD_S)
+        image = await asyncio.to_thread(decode_image, data, "the picture")
+        return await service.swap(image)
 
 
 async def _picture(request: Any, limit: int) -> bytes:
@@ -185,7 +186,7 @@ async def _live(ws: Any, service: Service, access: Access) -> None:
     await ws.accept()  # first, because a browser cannot read the code of a refusal
     if not access.origin_allowed(ws.headers):
         await ws.close(BAD_ORIGIN, "origin refused")
-    elif not (access.known(ws.headers, ws.query_params) or await _greeted(ws, access)):
+    elif not (access.known(ws.headers, ws.query_params, ws.cookies) or await _greeted(ws, access)):
         await ws.close(BAD_TOKEN, "no token, or a wrong one")
     elif len(service.clients) >= service.limits.clients:
         await ws.close(TOO_MANY, f"{service.limits.clients} clients are here already")

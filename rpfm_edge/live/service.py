@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -164,11 +164,12 @@ class Service:
         for feed in self.feeds.values():
             feed.on.set() if feed.name == name else feed.on.clear()
 
-    async def swap(self, source: np.ndarray) -> int:
-        """Show another person from now on: its number, once no older frame can be sent any more.
+    @contextmanager
+    def uploading(self) -> Iterator[None]:
+        """Room for one picture, from before it is read until it is shown, so that pictures cannot fill the memory.
 
         Raises:
-            InputError: too many pictures wait already.
+            InputError: too many pictures are on their way already.
         """
         if self._uploads >= self.limits.uploads_waiting:
             raise InputError(
@@ -176,9 +177,13 @@ class Service:
             )
         self._uploads += 1
         try:
-            person = await asyncio.wrap_future(self.renderer.swap(source))
+            yield
         finally:
             self._uploads -= 1
+
+    async def swap(self, source: np.ndarray) -> int:
+        """Show another person from now on: its number, once no older frame can be sent any more."""
+        person = await asyncio.wrap_future(self.renderer.swap(source))
         self.sender.person = max(person, self.sender.person)
         for client in self.clients.values():
             client.tell({"type": "person", "person": person})

@@ -157,6 +157,8 @@ class Renderer:
                 self._draw(pose)
 
     def _exchange(self, source: np.ndarray, future: Future[int]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
         try:
             self._people = [pipeline.prepare(source) for pipeline in self._pipelines]
         except Exception as error:  # whatever a picture does to an engine, the stream goes on

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count, cycle
 from typing import Any
 
@@ -96,7 +96,7 @@ class Feed:
     on: threading.Event
     error: str | None = None
     _thread: threading.Thread | None = None
-    _closed: bool = False
+    _closed: threading.Event = field(default_factory=threading.Event)
 
     def start(self) -> None:
         """Begin."""
@@ -105,7 +105,7 @@ class Feed:
 
     def close(self) -> None:
         """Stop after the pose in progress."""
-        self._closed = True
+        self._closed.set()
         self.on.set()
         if self._thread:
             self._thread.join(timeout=5)
@@ -123,11 +123,11 @@ class Feed:
             start = time.perf_counter() - due_s if start is None else start
             ahead_s = start + due_s - time.perf_counter()
             if ahead_s > 0:
-                time.sleep(ahead_s)
+                self._closed.wait(ahead_s)
             if not self.on.is_set():
                 self.on.wait()
                 start = time.perf_counter() - due_s
-            if self._closed:
+            if self._closed.is_set():
                 return
             self.put(Pose(number, points, now_ms()))
 

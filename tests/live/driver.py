@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,16 +32,26 @@ class Driver:
 
     def text(self, kind: str, timeout: float = 10) -> dict[str, Any]:
         """The next message of a type; what comes before it is dropped."""
+        end = time.monotonic() + timeout
         while True:
-            data = self.socket.recv(timeout=timeout)
+            data = self._receive(end)
             if isinstance(data, str) and (message := json.loads(data))["type"] == kind:
                 return dict(message)
 
     def frame(self, timeout: float = 10) -> tuple[dict[str, Any], bytes]:
         """The next frame; texts before it are kept."""
-        while isinstance(data := self.socket.recv(timeout=timeout), str):
+        end = time.monotonic() + timeout
+        while isinstance(data := self._receive(end), str):
             self.texts.append(json.loads(data))
         return messages.unpack(data)
+
+    def _receive(self, end: float) -> str | bytes:
+        """The next message; a state comes every second, so that a limit for each alone would never end."""
+        left = end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the message that was waited for did not come")
+        data: str | bytes = self.socket.recv(timeout=left)
+        return data
 
 
 @contextmanager

@@ -12,9 +12,12 @@ import pytest
 from typer.testing import CliRunner
 
 from rpfm_edge.cli import app
-from rpfm_edge.errors import ConfigError
+from rpfm_edge.errors import ConfigError, RpfmError
 from rpfm_edge.image import save_png
+from rpfm_edge.live import command as live_command
 from rpfm_edge.live.latency import TITLES
+from rpfm_edge.live.messages import Pose
+from rpfm_edge.live.session import Frame
 from tests.live.driver import driver
 
 
@@ -86,6 +89,42 @@ def test_a_session_is_recorded(live_bundle: Path, picture: Path, tmp_path: Path,
         said = process.stdout.read().decode()
     assert "live.mp4: 5 frames, 0 dropped" in said
     assert cv2.VideoCapture(str(tmp_path / "live.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 5
+
+
+def test_a_recording_hides_no_other_fault(live_bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    options = ["--source", str(tmp_path / "missing.png"), "--port", "0", "--record", str(tmp_path / "live.mp4")]
+    ended = CliRunner().invoke(app, ["live", str(live_bundle), *options, "--report", str(tmp_path / "report")])
+    assert isinstance(ended.exception, RpfmError)
+    assert "missing.png" in str(ended.exception)
+    assert not list(tmp_path.glob("*live*"))
+
+
+def test_a_recording_that_fails_leaves_the_report(
+    live_bundle: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("av")
+    monkeypatch.setattr(live_command, "_wait", lambda *_: None)  # it ends before a frame came
+    options = ["--source", str(picture), "--port", "0", "--record", str(tmp_path / "live.mp4")]
+    ended = CliRunner().invoke(app, ["live", str(live_bundle), *options, "--report", str(tmp_path / "report")])
+    assert isinstance(ended.exception, RpfmError)
+    assert "live.mp4 was not written" in str(ended.exception)
+    assert json.loads((tmp_path / "report" / "live.json").read_text())["counters"]["frames"] == 0
+
+
+def test_what_came_before_a_fault_is_recorded(tmp_path: Path, sources: list[np.ndarray]) -> None:
+    pytest.importorskip("av")
+    frame = Frame(1, Pose(1, np.zeros((18, 2)), 0.0), 1, 1, sources[0], False, {"rendered": 0.0})
+
+    def serve() -> None:
+        with live_command.recording(tmp_path / "live.mp4", (64, 48)) as tap:
+            assert tap is not None
+            tap(frame)
+            raise ValueError("the service ended")
+
+    with pytest.raises(ValueError, match="the service ended"):
+        serve()
+    assert cv2.VideoCapture(str(tmp_path / "live.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 1
 
 
 def test_the_token_of_a_file_is_not_told_to_a_log(live_bundle: Path, picture: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import http.client
 import json
 import socket
 import sys
@@ -22,11 +23,11 @@ from rpfm_edge.errors import BackendError
 from rpfm_edge.image import decode_image
 from rpfm_edge.live import server
 from rpfm_edge.live.access import Access
-from rpfm_edge.live.clients import Bucket, Limits
+from rpfm_edge.live.clients import REMEMBERED, TEXTS, Bucket, Client, Limits
 from rpfm_edge.live.matte import stacked
-from rpfm_edge.live.messages import MAX_BYTES
+from rpfm_edge.live.messages import MAX_BYTES, Pose
 from rpfm_edge.live.server import Place, listen_at
-from rpfm_edge.live.session import Options
+from rpfm_edge.live.session import Frame, Options
 from rpfm_edge.live.sources import replay
 from rpfm_edge.metrics import psnr_db
 from tests.live.driver import Driver, driver
@@ -35,12 +36,19 @@ TOKEN = "a-token-of-two-dozen-chars"
 Start = Callable[..., Any]
 
 
+class Stay(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
 def ask(port: int, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
     """Status and body; redirects are not followed."""
     names = {name.replace("_", "-"): value for name, value in headers.items()}
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data=body, headers=names)
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.build_opener(Stay).open(request, timeout=10) as answer:
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()
@@ -181,6 +189,10 @@ def test_a_token_is_taken_in_four_ways(start: Start, monkeypatch: pytest.MonkeyP
     assert ask(port, f"/api/state?token={TOKEN}")[0] == 200
     assert ask(port, "/api/state", Authorization=f"Bearer {TOKEN}")[0] == 200
     assert ask(port, "/api/state", Cookie=f"rpfm_token={TOKEN}")[0] == 200
+    others = f'=;;; x={{"a":1}}; rpfm_token={TOKEN}; y'  # of programs on other ports of this machine
+    assert ask(port, "/api/state", Cookie=others)[0] == 200
+    with driver(port, additional_headers={"Cookie": others}) as client:
+        assert client.hello["v"] == 1
     with driver(port, f"?token={TOKEN}") as client:
         assert client.hello["v"] == 1
     with connect(f"ws://127.0.0.1:{port}/ws", compression=None) as ws:
@@ -202,6 +214,19 @@ def test_a_pairing_code_buys_the_cookie_once_and_the_token_always(start: Start) 
         assert "location: /\r\n" in answer
         assert f"rpfm_token={TOKEN}; httponly; path=/; samesite=lax" in answer
     assert ask(port, f"/?pair={code}")[0] == 401
+
+
+def test_every_answer_has_the_headers_that_browsers_heed(start: Start) -> None:
+    _, port = start(access=Access(TOKEN))
+    for path, status in (("/static/app.js?token=" + TOKEN, 200), ("/api/state", 401), ("/?token=" + TOKEN, 303)):
+        asked = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        asked.request("GET", path)
+        answer = asked.getresponse()
+        assert answer.status == status
+        assert "default-src 'self'" in (answer.getheader("content-security-policy") or "")
+        assert answer.getheader("x-content-type-options") == "nosniff"
+        assert answer.getheader("referrer-policy") == "no-referrer"
+        asked.close()
 
 
 def test_foreign_pages_are_turned_away(start: Start) -> None:
@@ -286,6 +311,16 @@ def test_pictures_that_cannot_be_used_are_refused(start: Start, sources: list[np
         assert client.frame()[0]["person"] == 1
 
 
+def test_a_picture_that_finds_no_room_is_not_even_read(start: Start, sources: list[np.ndarray]) -> None:
+    _, port = start(limits=Limits(uploads_waiting=1))
+    picture = png(sources[1])
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
+        raw.sendall(f"POST /api/source HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: 100\r\n\r\nbegin".encode())
+        until(lambda: ask(port, "/api/source", picture)[0] == 400)  # as soon as the other one is there
+        assert "1 pictures wait already" in json.loads(ask(port, "/api/source", b"no picture")[1])["message"]
+    until(lambda: ask(port, "/api/source", picture)[0] == 200)
+
+
 def test_an_uploaded_picture_never_touches_the_disk(
     start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -321,6 +356,23 @@ def handshake(port: int) -> bytes:
     return (
         f"GET /ws HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n{key}\r\n".encode()
     )
+
+
+def test_what_waits_for_a_client_or_its_answer_is_bounded(sources: list[np.ndarray], poses: np.ndarray) -> None:
+    client = Client(None, 1, Limits())
+    for number in range(2 * REMEMBERED):
+        client.tell({"number": number})
+        client.remember(Frame(number, Pose(number, poses[0], 0.0), 1, 1, sources[0], False, {}), {})
+    assert [text["number"] for text in client.texts] == list(range(2 * REMEMBERED - TEXTS, 2 * REMEMBERED))
+    assert list(client.unanswered) == list(range(REMEMBERED, 2 * REMEMBERED))
+
+
+def test_a_client_of_the_tests_gives_up_even_if_other_messages_come(start: Start) -> None:
+    _, port = start()
+    with driver(port) as client:
+        for wait in (client.frame, lambda timeout: client.text("dance", timeout)):
+            with pytest.raises(TimeoutError):
+                wait(timeout=1.5)  # a state comes every second
 
 
 def test_a_silent_client_is_dropped(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

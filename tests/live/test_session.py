@@ -115,6 +115,18 @@ def test_a_still_pose_is_drawn_once_but_not_across_a_swap(
     assert (counters.posed, counters.rendered, counters.reused) == (3, 2, 1)
 
 
+def test_a_swap_that_was_cancelled_changes_nothing(
+    live_pipeline: Pipeline, sources: list[np.ndarray], poses: np.ndarray
+) -> None:
+    with Stage([live_pipeline], sources[0], still_px=-1) as stage:
+        stage.free.clear()
+        stage.draw(0, poses[0])  # the thread is held up after this one
+        assert stage.renderer.swap(sources[1]).cancel()
+        stage.free.set()
+        assert stage.draw(1, poses[1]).person == 1
+        assert stage.renderer.swap(sources[1]).result(timeout=10) == 2
+
+
 def test_a_smoothed_joint_is_followed_to_where_it_stops(live_pipeline: Pipeline, sources: list[np.ndarray]) -> None:
     with Stage([live_pipeline], sources[0], still_px=0.01, smooth_hz=2.0) as stage:
         frames = []

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import queue
 import threading
 import time
 from collections.abc import Iterator
@@ -46,6 +47,17 @@ def test_a_feed_gives_poses_in_time_and_only_while_it_is_on(poses: np.ndarray) -
     early = [at - got[0][0] - number / 50 for number, (at, _) in enumerate(got)]
     assert min(early) > -0.005  # never before its time
     feed.close()
+
+
+def test_a_feed_does_not_wait_for_its_next_pose_to_end(poses: np.ndarray) -> None:
+    got: queue.Queue[Pose] = queue.Queue()
+    feed = Feed("slow motion", replay(poses, 0.05), got.put, threading.Event())
+    feed.on.set()
+    feed.start()
+    got.get(timeout=10)
+    feed.close()  # the next is due in twenty seconds, and five are waited for
+    assert "slow motion" not in [thread.name for thread in threading.enumerate()]
+    assert got.empty()
 
 
 def test_a_feed_that_ends_says_why() -> None:

@@ -11,8 +11,7 @@ const PHOTO_PX = 1024; // longest side of a photo that is sent
 const OWN_CHOICE_MS = 1500; // so long the server's word on the source of poses may be older than ours
 const MESSAGE_MS = 6000;
 const STAGES = [
-  "Pose on its way", "Waiting and drawing", "Rendering", "Encoding", "Sending", "Picture on its way",
-  "Decoding and showing",
+  "Pose on its way", "Waiting and drawing", "Rendering", "Encoding", "Picture on its way", "Decoding and showing",
 ];
 
 const $ = (id) => document.getElementById(id);
@@ -183,6 +182,7 @@ function mark(joint) {
 function key(event) {
   const arrows = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
   const turn = { n: 1, p: -1 }[event.key.toLowerCase()];
+  if (event.ctrlKey || event.metaKey || event.altKey) return; // the browser's own
   if (!drives() || !(turn || event.key in arrows)) return;
   event.preventDefault();
   if (page.mode !== "hand") choose("hand");
@@ -243,9 +243,9 @@ function tell(frame, shown) {
 
 /** Milliseconds of each of STAGES; null where it cannot be told. */
 function split({ header, received, shown, sent }) {
-  const { pose_in, drawn, rendered, encoded, sent: left } = header.times_ms;
+  const { pose_in, drawn, rendered, encoded } = header.times_ms;
   const ours = (server) => (link.offset === null ? NaN : server - link.offset);
-  const moments = [sent ?? NaN, ours(pose_in), ours(drawn), ours(rendered), ours(encoded), ours(left), received, shown];
+  const moments = [sent ?? NaN, ours(pose_in), ours(drawn), ours(rendered), ours(encoded), received, shown];
   const known = (value) => (Number.isNaN(value) ? null : Math.max(0, value));
   return STAGES.map((_, i) => known(moments[i + 1] - moments[i]));
 }

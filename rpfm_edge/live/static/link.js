@@ -43,7 +43,6 @@ export class Link {
   }
 
   opened() {
-    this.delay = 250;
     this.pings = [];
     this.answered = this.id;
     this.send({ type: "ping", t_ms: now() });
@@ -59,6 +58,7 @@ export class Link {
   }
 
   text(message) {
+    if (message.type === "hello") this.delay = 250; // only now are we in: a full server opens, then closes
     if (message.type !== "pong") return this.on[message.type]?.(message);
     const received = now();
     const ping = { trip: received - message.t_ms, at: (received + message.t_ms) / 2, message };
