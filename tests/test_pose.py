@@ -131,6 +131,14 @@ def test_drawing_follows_parts_of_a_pixel() -> None:
     assert (np.diff(centres) > 0).all()
 
 
+@pytest.mark.parametrize("joint", [True, False])
+def test_drawing_follows_parts_of_a_pixel_evenly(joint: bool) -> None:
+    """A disc, and an ellipse: their centres of mass are where they should be, and not at the nearest pixel."""
+    for x in np.arange(60, 61, 0.125):
+        drawn = draw_skeleton(only(neck=(x, 50)) if joint else only(neck=(x, 50), right_hip=(x, 150)))
+        assert np.nonzero(drawn.any(axis=2))[1].mean() == pytest.approx(x, abs=0.3)
+
+
 def test_drawing_is_the_same_every_time_and_leaves_its_input_alone() -> None:
     pose = a_pose()
     before = pose.copy()

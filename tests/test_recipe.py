@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -655,6 +656,27 @@ def test_a_store_of_another_config_is_thrown_away(distilled: Callable[..., list[
     assert len(distilled(targets=4)) == 3
     assert not Path("run/store/old").exists()
     assert Path("run/store/shard").read_text() == "4"
+
+
+def test_fine_tuning_is_done_again_for_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Any] = []
+
+    def distill(student: str, data: str, out: Path, **options: Any) -> None:
+        done.append((data, options["seconds"], options["seed"]))
+        out.write_text(data)
+
+    monkeypatch.setattr(api, "distill", distill)
+    recipe, stages = parse(Recipe, {"out": "x", "qad": {"seconds": 5}}, "here"), run.Stages(tmp_path)
+    longer = replace(recipe, qad=replace(recipe.qad, seconds=6))
+    for one in (
+        recipe,
+        recipe,
+        replace(recipe, data="b"),
+        replace(longer, data="b"),
+        replace(longer, data="b", seed=1),
+    ):
+        run._fine_tune(one, stages, "student")
+    assert done == [("sample", 5, 0), ("b", 5, 0), ("b", 6, 0), ("b", 6, 1)]
 
 
 # The whole chain ------------------------------------------------------------------------------------------------------

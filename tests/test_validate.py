@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from distill.reference import REFERENCE_SOLVER, REFERENCE_STEPS, teacher_images
 from rpfm_edge import api, tables
 from rpfm_edge.artifact import Artifact
 from rpfm_edge.data import Split, open_split, read_clip, sample_root
 from rpfm_edge.errors import ConfigError
 from rpfm_edge.flicker import ClipConfig, flicker_levels, motion_ratio, open_clips
-from rpfm_edge.metrics import Budget
+from rpfm_edge.metrics import Budget, compare
 from rpfm_edge.pipeline import Pipeline
 from rpfm_edge.pose import FRAME, scale_pose
-from rpfm_edge.validate import bundle_videos, draw_pairs, missing_measures, validate
+from rpfm_edge.validate import bundle_videos, draw_pairs, missing_measures, shuffled_pairs, validate
 from tests.blob import blob_network
 from tests.toy import make_teacher
 
 SIZE, SHAPE = (64, 48), (8, 8, 6)
 FILMED = ClipConfig(count=1, frames=3)
+REFERENCE = (REFERENCE_STEPS, REFERENCE_SOLVER)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +107,41 @@ def test_what_cannot_be_measured_is_said_and_breaks_its_limit(
     assert "pck was not measured: the network is not at hand (run: python -m rpfm_edge.keypoints, or set" in printed
     assert "flicker was not measured: no clips were asked for" in printed
     assert "PCK" not in printed
+
+
+@pytest.mark.usefixtures("no_network")
+def test_each_pair_has_its_own_noise_and_both_references(bundle: Artifact, teacher: Path, split: Split) -> None:
+    """The figures against pictures that are made one by one here."""
+    pairs = draw_pairs(split, 2, SIZE, SHAPE)
+    assert abs(np.corrcoef(pairs.noise.reshape(2, -1))[0, 1]) < 0.3  # six standard deviations
+    with Pipeline.open(bundle.path) as pipe:
+        own = np.stack(
+            [
+                pipe.render_skeleton(pipe.prepare(pairs.sources[i]), pairs.skeletons[i], pairs.noise[i : i + 1])
+                for i in range(2)
+            ]
+        )
+    one_by_one = [
+        teacher_images(
+            teacher, pairs.sources[i : i + 1], pairs.skeletons[i : i + 1], pairs.noise[i : i + 1], [REFERENCE]
+        )
+        for i in range(2)
+    ]
+    wanted = np.concatenate([made[REFERENCE] for made in one_by_one])
+    assert measured(bundle, teacher, split, Budget(), ClipConfig(count=0))["stages"][-1] == {
+        "stage": "bundle, 2 steps, fp32, onnxruntime",
+        "against_teacher": compare(wanted, own),
+        "against_truth": compare(pairs.truths, own),
+    }
+
+
+def test_targets_without_a_visible_joint_are_left_out(split: Split) -> None:
+    hidden = int(split.pairs[0][1])
+    keypoints = split.keypoints.copy()
+    keypoints[hidden] = np.nan
+    chosen = shuffled_pairs(replace(split, keypoints=keypoints), len(split.pairs), np.random.default_rng(0))
+    assert sorted(chosen) == sorted((int(s), int(t)) for s, t in split.pairs if t != hidden)
+    assert len(chosen) < len(split.pairs)
 
 
 def test_poses_without_a_torso_are_not_scored(split: Split) -> None:

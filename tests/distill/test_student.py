@@ -16,12 +16,13 @@ import torch
 from distill import store as store_module
 from distill import train as train_module
 from distill.batches import EncodedSplit, settle_split
-from distill.export import export
+from distill.export import export, write_graph
 from distill.rpfm import RPFM, RPFMConfig
 from distill.store import StoreConfig, Trajectories, build_store, load_store
 from distill.student import (
     METHODS,
     DistillConfig,
+    DistillLoss,
     Method,
     Student,
     create_student,
@@ -32,8 +33,9 @@ from distill.student import (
 from distill.teacher import FlowMatchingConfig, RPFMTeacher, load_teacher, sample_teacher, train_teacher
 from distill.train import TrainConfig
 from rpfm_edge.data import draw_batch
-from rpfm_edge.errors import ArtifactError, ConfigError, InputError
+from rpfm_edge.errors import ArtifactError, ConfigError, InputError, ParityError
 from rpfm_edge.flow import check_steps
+from rpfm_edge.signature import Signature, TensorSpec
 from tests.distill.tiny import NETWORK, SIZE, randomised, toy_data, toy_teacher
 
 STORE = StoreConfig(trajectories=64, sources_per_shard=2, targets_per_source=4)
@@ -66,6 +68,15 @@ def test_states_are_the_teachers_path(teacher: RPFMTeacher, data: EncodedSplit, 
     torch.testing.assert_close(
         store.states[rows, -1].float(), end, atol=0.05, rtol=0.05
     )  # bf16 where it is fast, fp16 kept
+
+
+def test_no_two_paths_share_their_noise(store: Trajectories) -> None:
+    """Nor do two shards share their draws: the noises of all are as good as uncorrelated."""
+    noise = store.states[:, 0].float().flatten(1)
+    others = torch.corrcoef(noise) - torch.eye(len(noise))
+    assert others.abs().max() < 6 / math.sqrt(noise.shape[1])  # six standard deviations
+    drawn = np.stack([store.sources, store.targets, store.flips]).reshape(3, STORE.shards, STORE.shard_size)
+    assert len({drawn[:, shard].tobytes() for shard in range(STORE.shards)}) == STORE.shards
 
 
 def test_store_resumes_shard_by_shard(teacher: RPFMTeacher, data: EncodedSplit, tmp_path: Path) -> None:
@@ -194,6 +205,28 @@ def test_distillation_beats_few_steps_of_the_teacher(
     assert (made - exact).square().mean() < 0.2 * (few - exact).square().mean()
 
 
+def test_an_endpoint_is_judged_by_its_edges_too(
+    teacher: RPFMTeacher, data: EncodedSplit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a decoder that leaves latents as they are: L1 of their differences down and across, of the first images."""
+    student = create_student(teacher, DistillConfig("endpoint", 1)).eval()
+    monkeypatch.setattr(student.autoencoder, "decode", lambda latent: latent)
+    batch = data.batch(*draw_batch(data.split, 1, 4, np.random.default_rng(0)))
+    wanted = [torch.randn(4, *teacher.latent_shape) for _ in range(2)]
+    with torch.no_grad():
+        plain, judged = (
+            DistillLoss(student, DistillConfig("endpoint", 1, perceptual_weight=weight, perceptual_images=3))(
+                batch.source, batch.pose, *wanted
+            )
+            for weight in (0.0, 0.25)
+        )
+        made = student.sample(wanted[0], student.condition(batch.source, batch.pose), 1)
+    wrong = (made - wanted[1])[:3].numpy()
+    edges = sum(np.abs(np.diff(wrong, axis=axis)).mean() for axis in (2, 3))
+    assert edges > 0.1
+    assert float(judged - plain) == pytest.approx(0.25 * edges, rel=1e-3)
+
+
 def gaussian_student(method: Method, data: EncodedSplit, folder: Path, start: RPFM | None = None) -> RPFM:
     """A one-step student of the closed-form teacher: 100 steps from nothing, or 60 gentler ones from a start."""
     teacher = load_teacher("tests.distill.test_teacher:gaussian_teacher")
@@ -285,6 +318,30 @@ def test_steps_that_a_student_has_not_learnt(
     assert not (tmp_path / "graph").exists()
     for steps in {"endpoint": (1,), "flowmap": (1, 2, 4, 8), "reflow": (1, 3, 16)}[method]:
         check_steps(saved.config, steps)
+
+
+class ChangesWhenTraced(torch.nn.Module):
+    """Adds ``error`` in the graph alone."""
+
+    def __init__(self, error: float) -> None:
+        super().__init__()
+        self.error = error
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x + (self.error if torch.jit.is_tracing() else 0.0)
+
+
+@pytest.mark.parametrize("error", [0.0, 1e-3, math.nan])
+def test_a_graph_that_differs_from_torch_is_not_written(error: float, tmp_path: Path) -> None:
+    boundary = Signature((TensorSpec("x", (1, 3), "float32"),), (TensorSpec("y", (1, 3), "float32"),))
+    feeds, file = {"x": np.ones((1, 3), np.float32)}, tmp_path / "frame.onnx"
+    if not error:
+        assert write_graph(ChangesWhenTraced(error), boundary, feeds, file) < 1e-6
+        assert file.is_file()
+        return
+    with pytest.raises(ParityError, match=r"^frame\.onnx differs from torch by (0\.001|nan): expected at most 0\.0001"):
+        write_graph(ChangesWhenTraced(error), boundary, feeds, file)
+    assert not file.exists()
 
 
 @pytest.mark.parametrize("method", [*METHODS, "teacher"])

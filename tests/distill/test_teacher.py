@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,10 +12,12 @@ import torch
 
 from distill.rpfm import RPFM
 from distill.teacher import (
+    Example,
     FlowMatchingConfig,
     FlowMatchingLoss,
     Guidance,
     RPFMTeacher,
+    draw_example,
     encode_pose,
     held_out_loss,
     load_teacher,
@@ -75,6 +78,24 @@ def test_batches_hold_what_the_data_set_says(conditions: SimpleNamespace) -> Non
     torch.testing.assert_close(batch.target[1], data.latents[1, 2].float())
     drawn = draw_skeleton(flip(data.split.pose(2, SIZE), SIZE[1]), SIZE)
     np.testing.assert_array_equal(np.rint((batch.pose[1].numpy().transpose(1, 2, 0) + 1) * 127.5), drawn)
+
+
+def test_dropped_conditions_are_not_seen(conditions: SimpleNamespace) -> None:
+    """Nothing flows back to the source and the skeletons of the first person, who lost them; the other's are used."""
+    batch, noise, time = conditions.batch, conditions.noise, torch.full((4,), 0.3)
+    source, skeleton = batch.source.clone().requires_grad_(), batch.pose.clone().requires_grad_()
+    loss = FlowMatchingLoss(conditions.teacher.network, conditions.teacher.autoencoder, FlowMatchingConfig())
+    loss(Example(source, skeleton, batch.target, time, noise, torch.tensor([False, True]))).backward()
+    assert [bool(gradient.any()) for gradient in source.grad] == [False, True]
+    assert [bool(gradient.any()) for gradient in skeleton.grad] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_so_many_lose_their_conditions(share: float, conditions: SimpleNamespace) -> None:
+    config, rng = FlowMatchingConfig(sources=8, targets_per_source=1, condition_dropout=share), np.random.default_rng(0)
+    kept = torch.cat([draw_example(conditions.data, config, rng, "cpu").keep for _ in range(40)])
+    deviation = math.sqrt(share * (1 - share) / len(kept))
+    assert abs(float(kept.float().mean()) - (1 - share)) <= 4 * deviation
 
 
 def test_flow_matching_learns_to_reach_the_target(conditions: SimpleNamespace, tmp_path: Path) -> None:

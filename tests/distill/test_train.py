@@ -56,6 +56,29 @@ def test_learns_and_averages(tmp_path: Path) -> None:
     assert history.losses[-1] < 1e-2 * history.losses[0]
 
 
+def test_learning_rate_and_average_follow_their_schedules(tmp_path: Path) -> None:
+    """Where the gradient is always 1, AdamW moves a weight by the learning rate: warm-up, then a cosine. The average
+    forgets its beginning faster than its final decay does."""
+    seen: list[float] = []
+
+    def slope(model: nn.Module, step: int, rng: np.random.Generator) -> torch.Tensor:
+        seen.append(model.linear.weight.item())
+        return model.linear.weight.sum()
+
+    config = TrainConfig(steps=40, lr=0.05, warmup_steps=8, final_lr_fraction=0.1, ema=0.99, precision="no")
+    module = Regression(1)
+    ema, _ = fit(module, slope, config, tmp_path / "c", "t")
+    weights = np.array([*seen, module.linear.weight.item()])
+    steps = np.arange(40)
+    cosine = 0.1 + 0.9 * (1 + np.cos(np.pi * steps / 40)) / 2
+    np.testing.assert_allclose(-np.diff(weights), 0.05 * np.minimum(1, (steps + 1) / 8) * cosine, rtol=1e-3)
+    average = 0.0
+    for step, value in enumerate(weights[1:]):
+        decay = min(0.99, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * value
+    assert ema.linear.weight.item() == pytest.approx(average, rel=1e-4)
+
+
 class Killed(Exception):
     """Stands for a kill: nothing after it runs."""
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
+import os
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -181,3 +184,24 @@ def test_nncf_that_skips_a_layer(tiny_graph: Artifact, samples: Path, monkeypatc
     monkeypatch.setattr(nncf, "IgnoredScope", Skipping)
     with pytest.raises(ArtifactError, match="differs from its plan in 1 layers, Gemm_skipped first"):
         to_int8(model, few(samples, "prepare"))
+
+
+def test_nncf_is_told_to_report_to_nobody_before_it_is_loaded(
+    tiny_graph: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks at NNCF_CI while it is imported."""
+    monkeypatch.setenv("NNCF_CI", "")  # so that it is as before after the test
+    monkeypatch.delenv("NNCF_CI")
+
+    class Imported(Exception):
+        pass
+
+    def loads(name: str, *rest: Any) -> Any:
+        if name == "nncf":
+            raise Imported(os.environ.get("NNCF_CI", ""))
+        return load(name, *rest)
+
+    load = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", loads)
+    with pytest.raises(Imported, match="1"):
+        to_int8(onnx.load(tiny_graph.file("prepare.onnx")), [])

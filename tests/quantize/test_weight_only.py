@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 import runtimes
 from quantize import apply, calibrate, weight_only
 from quantize.execute import Graph
-from quantize.weight_only import GROUP, in_groups, to_weight_only
+from quantize.weight_only import GROUP, Rounded, in_groups, per_channel, to_weight_only
 from rpfm_edge.artifact import Artifact
 from rpfm_edge.bundle import build
 from rpfm_edge.errors import BackendError
@@ -139,6 +140,18 @@ def test_a_group_of_zeros_stays_one() -> None:
     stored, scale, _ = in_groups(node, 1, np.zeros((GROUP, 3), np.float32))
     assert not stored.any()
     assert (scale > 0).all()
+
+
+@pytest.mark.parametrize("rounded", [per_channel, in_groups])
+@pytest.mark.parametrize("magnitude", [0.0, 1e-9])
+def test_scales_are_numbers_in_half(rounded: Callable[..., Rounded], magnitude: float) -> None:
+    """FP16 forms of the graph have them: a channel of next to nothing has no scale that would be 0 there."""
+    weight = np.random.default_rng(0).standard_normal((GROUP, 3)).astype(np.float32)
+    weight[:, 1] *= magnitude
+    stored, scale, _ = rounded(helper.make_node("Gemm", ["x", "w"], ["y"]), 1, weight)
+    assert (np.abs(scale) >= np.finfo(np.float16).tiny).all()
+    assert not stored[:, 1].any()
+    assert stored[:, [0, 2]].any()
 
 
 def run_on(backend: str, graph: Artifact, name: str, feeds: list[Feeds], folder: Path) -> np.ndarray:

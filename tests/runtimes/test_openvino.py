@@ -55,6 +55,19 @@ def test_float_weights_of_a_quantized_graph_are_stored_in_half(
         np.testing.assert_allclose(tokens, whole.run(feeds)["tokens"], atol=5e-3)
 
 
+def test_weights_beyond_the_range_of_half_stay_whole() -> None:
+    """65504 is the largest number in FP16; more would be infinite."""
+    x = openvino.opset13.parameter([2, 2], np.float32)
+    weights = [np.array([[1, 2], [3, top]], np.float32) for top in (65504, -1e6)]
+    first, second = (openvino.opset13.constant(weight) for weight in weights)
+    model = openvino.Model([openvino.opset13.matmul(openvino.opset13.add(x, first), second, False, False)], [x])
+    ov._halve_weights(model)
+    stored = [op.data for op in model.get_ordered_ops() if op.get_type_name() == "Constant"]
+    assert [values.dtype for values in stored] == [np.float16, np.float32]
+    for values, weight in zip(stored, weights, strict=True):
+        np.testing.assert_array_equal(values, weight)
+
+
 def test_a_device_that_is_not_there(graph: Artifact, engine: Path) -> None:
     with pytest.raises(
         BackendError, match=r"finds no device GPU\.7: expected AUTO or one of \['CPU'.*install its driver"

@@ -127,6 +127,15 @@ def test_the_cache_gives_back_the_same_record_only(tmp_path: Path) -> None:
     assert trt_store.cached(made) is None
 
 
+@pytest.mark.parametrize("tool", ["onnx", "torch"])
+def test_a_plan_of_other_tools_is_not_taken_from_the_cache(tool: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trt_store.keep(record(), PLAN)
+    assert trt_store.cached(record()) == PLAN
+    installed = artifact.tool_versions
+    monkeypatch.setattr(artifact, "tool_versions", lambda *names: {**installed(*names), tool: "0.0.1"})
+    assert trt_store.cached(record()) is None
+
+
 def test_without_a_place_for_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("RPFM_EDGE_CACHE", str(tmp_path / "file"))
