@@ -72,7 +72,6 @@ def in_groups(node: onnx.NodeProto, place: int, weight: np.ndarray) -> Rounded:
     axis = _sums(node, place)
     groups = np.moveaxis(weight, axis, 0).reshape(-1, GROUP, weight.shape[1 - axis])  # [groups, 32, channels]
     largest = np.abs(groups).max(axis=1, keepdims=True) / np.float32(7)
-    largest[largest == 0] = 1
     scales = [np.maximum(largest * shrink, SMALLEST) for shrink in SHRINKS]
     errors = np.stack([np.square(_rounded(groups, scale) * scale - groups).sum(axis=1) for scale in scales])
     scale = np.take_along_axis(np.concatenate(scales, axis=1), errors.argmin(axis=0)[:, None], axis=1)

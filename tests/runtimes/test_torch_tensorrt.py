@@ -108,7 +108,7 @@ def test_refuses_a_graph_that_is_not_there(graph: Artifact, engine: Path, librar
     ("options", "message"),
     [
         ({"precision": "int8"}, r"torch-tensorrt option precision is 'int8': expected one of \['fp32', 'fp16'\]"),
-        ({"optimization_level": 6}, r"torch-tensorrt option optimization_level is 6: expected 0 to 5; choose one"),
+        ({"optimization_level": 6}, r"torch-tensorrt option optimization_level is 6: expected an integer, 0 to 5"),
         ({"half": True}, r"unknown torch-tensorrt option 'half'"),
     ],
 )
