@@ -190,7 +190,8 @@ def _conclude(evidence: Any, parts: Sequence[Any], options: Any, late: bool = Fa
     wanted = {name: records[name] for name in ("machine", *(part.name for part in parts)) if name in records}
     missing = [part.name for part in parts if part.name not in wanted]
     found = {name: record["found"] for name, record in wanted.items() if "found" in record}
-    late = late or not all(one.get("complete", True) for one in found.values())
+    due = [part.name for part in parts if part.kind in options.kinds]
+    late = late or not all(found.get(name, {}).get("complete", True) for name in due)
     judged = verdicts(found) if options.device == "gpu" else []
     evidence_json = {
         "device": options.device,

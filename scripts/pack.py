@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import sys
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -65,11 +66,13 @@ def pack(source: Path, out: Path, piece_mb: float = 35.0) -> list[Path]:
 
     The same data gives the same bytes: names are sorted, times and owners left out.
     """
-    if piece_mb < SMALLEST_MB:
+    if not SMALLEST_MB <= piece_mb < math.inf:
         raise PackError(f"pieces of {piece_mb:g} MB", expected=f"at least {SMALLEST_MB} MB", fix="allow larger ones")
     if out.is_dir() and any(out.iterdir()):
         raise PackError(f"{out} is not empty", expected="an empty or a new folder", fix="empty it or give another")
     root, files = (source, sorted(source.rglob("*"))) if source.is_dir() else (source.parent, [source])
+    if linked := [file for file in files if file.is_symlink() and file.is_dir()]:
+        raise PackError(f"{linked[0]} is a link to a folder", expected="folders and files", fix="copy it there")
     files = [file for file in files if file.is_file()]
     if not files:
         raise PackError(f"there are no files in {source}", expected="a folder with files, or a file", fix="check it")

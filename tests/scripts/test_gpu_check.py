@@ -318,6 +318,14 @@ def test_a_part_is_measured_again_only_if_it_failed_or_what_it_depends_on_change
         gpu_check._measure(part, check, evidence, {"engine": "another gpu"})
 
 
+@pytest.mark.parametrize(("kind", "code"), [("memory", 3), ("build", 0)])
+def test_what_was_not_asked_for_is_not_waited_for(kind: str, code: int, tmp_path: Path) -> None:
+    evidence = parts.Evidence(tmp_path / "parts")
+    evidence.put("memory xs fp16", {}, found={"complete": False})
+    memory = parts.Part("memory xs fp16", dict, lambda _: {})
+    assert gpu_check._conclude(evidence, [memory], options(tmp_path, "--only", kind)) == code
+
+
 def test_without_a_gpu(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     record = {"name": "xs", "trained": True, "steps": 1}
     (tmp_path / "prepared" / "xs").mkdir(parents=True)

@@ -151,7 +151,11 @@ def test_a_wrong_manifest(call: Call, tmp_path: Path, content: str | None, probl
 def test_what_cannot_be_packed(call: Call, data: Path, packed: Path, tmp_path: Path) -> None:
     assert f"there are no files in {tmp_path / 'absent'}" in call("pack", tmp_path / "absent", tmp_path / "o", code=2)
     assert f"{packed} is not empty" in call("pack", data, packed, code=2)
-    assert "pieces of 0.01 MB" in call("pack", data, tmp_path / "out", "--piece-mb", 0.01, code=2)
+    for size in (0.01, "nan", "inf"):
+        assert f"pieces of {size} MB" in call("pack", data, tmp_path / "out", "--piece-mb", size, code=2)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "train").symlink_to(data, target_is_directory=True)
+    assert "train is a link to a folder" in call("pack", tmp_path / "linked", tmp_path / "out", code=2)
 
 
 def test_it_needs_nothing_that_is_not_python(packed: Path, tmp_path: Path) -> None:
