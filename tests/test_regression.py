@@ -249,7 +249,7 @@ def test_the_same_bundle_is_held_against_the_stored_times(
     assert (code, record["verdict"]) == ((1, "regression") if record["slowdown"] > 0.99 else (0, "pass"))
 
 
-def test_what_slows_both_bundles_is_found(
+def test_what_slows_both_bundles_is_said(
     bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     machine = Machine(monkeypatch)
@@ -267,8 +267,8 @@ def test_what_slows_both_bundles_is_found(
     assert (record["verdict"], record["reasons"]) == ("pass", [])
     machine.speed = 1.1
     record = judged()
-    assert record["verdict"] == "regression"
-    assert record["reasons"][0].endswith("than when it was saved: rpfm-edge or the machine is slower, not the bundle")
+    assert record["verdict"] == "pass"  # the bundle is as fast as the old one
+    assert record["reasons"][0].endswith("than when it was saved: rpfm-edge or the machine is slower")
     assert record["old_against_stored"]["slowdown"] == pytest.approx(0.1, abs=0.01)
     monkeypatch.setattr(rounds._Cores, "others", lambda start: 0.4)
     record = judged()
