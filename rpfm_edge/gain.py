@@ -178,12 +178,5 @@ def errors(summary: Mapping[str, Any]) -> dict[str, list[float]]:
 
 def _ratio(own: Sequence[float], theirs: Sequence[float], seed: int) -> dict[str, Any]:
     teacher = float(np.mean(theirs))
-    interval = ratio_interval(own, theirs, seed) if len(own) > 1 else None
+    interval = list(metrics.ratio_bootstrap(own, theirs, seed)) if len(own) > 1 else None
     return {"teacher": teacher, "ratio": float(np.mean(own)) / teacher, "interval": interval}
-
-
-def ratio_interval(own: Sequence[float], theirs: Sequence[float], seed: int, rounds: int = 2000) -> list[float]:
-    """95 % percentile bootstrap interval of ``mean(own) / mean(theirs)``, resampling the pairs: both means vary."""
-    picks = np.random.default_rng(seed).integers(0, len(own), (rounds, len(own)))
-    ratios = np.asarray(own)[picks].mean(axis=1) / np.asarray(theirs)[picks].mean(axis=1)
-    return [float(bound) for bound in np.percentile(ratios, [2.5, 97.5])]

@@ -297,20 +297,35 @@ def paired_bootstrap(
 
     If it does not hold 0, the two differ by more than the choice of these images explains.
     """
+    picks = _picks(values_a, values_b, seed, rounds)
+    difference = np.asarray(values_a, np.float64) - np.asarray(values_b, np.float64)
+    low, high = np.percentile(difference[picks].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def ratio_bootstrap(
+    values_a: Sequence[float], values_b: Sequence[float], seed: int, rounds: int = 2000
+) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of ``mean(values_a) / mean(values_b)``, resampling the pairs: both vary."""
+    picks = _picks(values_a, values_b, seed, rounds)
+    mean_a, mean_b = (np.asarray(values, np.float64)[picks].mean(axis=1) for values in (values_a, values_b))
+    low, high = np.percentile(mean_a / mean_b, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _picks(values_a: Sequence[float], values_b: Sequence[float], seed: int, rounds: int) -> np.ndarray:
+    """(rounds, n) places of pairs drawn again; raises ``InputError`` unless there are two pairs or more, all finite."""
     if len(values_a) != len(values_b) or len(values_a) < 2:
         raise InputError(
             f"{len(values_a)} and {len(values_b)} values", expected="as many of each, at least two", fix="pair them up"
         )
-    difference = np.asarray(values_a, np.float64) - np.asarray(values_b, np.float64)
-    if not np.isfinite(difference).all():
+    if not np.isfinite([values_a, values_b]).all():
         raise InputError(
             "a difference is not finite",
             expected="finite values",
             fix="use a metric without infinities (MSE instead of PSNR)",
         )
-    picks = np.random.default_rng(seed).integers(0, difference.size, (rounds, difference.size))
-    low, high = np.percentile(difference[picks].mean(axis=1), [2.5, 97.5])
-    return float(low), float(high)
+    return np.random.default_rng(seed).integers(0, len(values_a), (rounds, len(values_a)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
@@ -14,7 +13,7 @@ import numpy as np
 
 from rpfm_edge import artifact, canary
 from rpfm_edge.artifact import Artifact
-from rpfm_edge.errors import ArtifactError, BackendError, ConfigError
+from rpfm_edge.errors import ArtifactError, BackendError, ConfigError, warn
 from rpfm_edge.precisions import require_gpus
 from rpfm_edge.runtime import LayerTime
 from rpfm_edge.signature import Feeds, Signature, TensorSpec
@@ -157,10 +156,7 @@ def _rebuilt(
     record = _record(graph, engine.name, option, library, here)
     if plan := trt_store.cached(record):
         return plan, record
-    print(
-        f"rpfm-edge: {engine} is of another GPU, driver or version of TensorRT; building it again, into the cache",
-        file=sys.stderr,
-    )
+    warn(f"{engine} is of another GPU, driver or version of TensorRT; building it again, into the cache")
     with TemporaryDirectory() as folder:
         build(graph, engine.name, Path(folder), option)
         return trt_store.read(Path(folder))
@@ -190,10 +186,7 @@ def _build_options(option: Mapping[str, Any]) -> dict[str, Any]:
 def _compare(graph: Artifact, name: str, engine: Path, option: Mapping[str, Any], library: Library) -> None:
     known = canary.of(graph)
     if known is None:
-        print(
-            f"rpfm-edge: engine {name} was not compared, because the bundle has no canary and ONNX Runtime is not here",
-            file=sys.stderr,
-        )
+        warn(f"engine {name} was not compared, because the bundle has no canary and ONNX Runtime is not here")
         return
     with open(engine, graph.signatures[name], option) as session:
         canary.check(graph, name, session, known, f"{library.name} {library.version}")

@@ -7,7 +7,6 @@ the other one. A frozen input, such as the keys and values of a person, is uploa
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from rpfm_edge.errors import BackendError, SignatureError
+from rpfm_edge.errors import BackendError, SignatureError, warn
 from rpfm_edge.signature import Signature
 from runtimes import dlpack
 from runtimes.session import GuardedSession
@@ -175,7 +174,7 @@ class TensorRTSession(GuardedSession):
         self._residents = Residents(self.cuda, self._uploads, identities)
         self._slots = [Slot(self.cuda, engine, signature, compute, captured) for _ in range(SLOTS)]
         if captured and any(slot.graph is None for slot in self._slots):
-            print("rpfm-edge: TensorRT captures no CUDA graph of this engine, and it runs without one", file=sys.stderr)
+            warn("TensorRT captures no CUDA graph of this engine, and it runs without one")
         resources.callback(self.cuda.free, "cudaStreamSynchronize", compute)  # first of all to be called on closing
 
     def enqueue(self, feeds: DeviceFeeds) -> Pending:
