@@ -40,6 +40,7 @@ class RPFMConfig:
     mlp_ratio: int = 4
     pose_channels: int = 16
     step_embedding: bool = False
+    shared_modulation: bool = False  # one adaLN for all blocks, each adding a vector of its own (arXiv 2310.00426)
 
     @property
     def tokens(self) -> int:
@@ -90,10 +91,18 @@ class ScalarEmbedding(nn.Module):
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
 
 
+def zero_linear(before: int, after: int) -> nn.Linear:
+    """A linear layer that starts at zero."""
+    layer = nn.Linear(before, after)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 class Block(nn.Module):
     """Joint attention and a perceptron, each scaled, shifted and gated by adaLN-Zero."""
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: int) -> None:
+    def __init__(self, dim: int, heads: int, mlp_ratio: int, shared_modulation: bool = False) -> None:
         super().__init__()
         self.heads = heads
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
@@ -103,13 +112,16 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(dim, mlp_ratio * dim), nn.GELU(approximate="tanh"), nn.Linear(mlp_ratio * dim, dim)
         )
-        self.modulation = nn.Linear(dim, 6 * dim)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
+        self.modulation = None if shared_modulation else zero_linear(dim, 6 * dim)
+        self.table = nn.Parameter(torch.zeros(6 * dim)) if shared_modulation else None
 
     def forward(self, x: Tensor, condition: Tensor, source: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, N, D) tokens, (B, D) condition, (2, B, H, N, hd) source keys and values → tokens, own keys and values."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).unsqueeze(1).chunk(6, dim=-1)
+        """(B, N, D) tokens, (B, D) condition, (2, B, H, N, hd) source keys and values → tokens, own keys and values.
+
+        Where the modulation is shared the condition is (B, 6 D), already modulated.
+        """
+        modulated = condition + self.table if self.modulation is None else self.modulation(condition)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulated.unsqueeze(1).chunk(6, dim=-1)
         q, k, v = self._heads(self.qkv(self.norm1(x) * (1 + scale1) + shift1))
         own = torch.stack([k, v])
         if source is not None:
@@ -157,13 +169,11 @@ class RPFM(nn.Module):
         self.source_condition = nn.Parameter(0.02 * torch.randn(1, dim))
         self.time = ScalarEmbedding(dim)
         self.step = ScalarEmbedding(dim, zero=True) if config.step_embedding else None
-        self.blocks = nn.ModuleList(Block(dim, config.heads, config.mlp_ratio) for _ in range(config.depth))
+        shared = config.shared_modulation
+        self.blocks = nn.ModuleList(Block(dim, config.heads, config.mlp_ratio, shared) for _ in range(config.depth))
+        self.shared_modulation = zero_linear(dim, 6 * dim) if shared else None
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.modulation = nn.Linear(dim, 2 * dim)
-        self.head = nn.Linear(dim, channels * patch**2)
-        for layer in (self.modulation, self.head):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.modulation, self.head = zero_linear(dim, 2 * dim), zero_linear(dim, channels * patch**2)
 
     def source_kv(self, source: Tensor, keep: Tensor | None = None) -> Tensor:
         """Keys and values of every layer for (S, C, h, w) source latents → (layers, 2, S, heads, N, hd).
@@ -174,7 +184,7 @@ class RPFM(nn.Module):
         if keep is not None:
             x = torch.where(keep[:, None, None], x, self.null_source.to(x.dtype))
         x = x + self.position
-        condition = F.silu(self.source_condition).expand(len(x), -1)
+        condition = self._modulated(F.silu(self.source_condition)).expand(len(x), -1)
         collected = []
         for block in self.blocks:
             x, own = block(x, condition, None)
@@ -196,11 +206,15 @@ class RPFM(nn.Module):
             condition = condition + self.step(torch.zeros_like(t) if d is None else d)
         condition = F.silu(condition)
         tokens = self.embed(patchify(torch.cat([x, pose], dim=1), self.config.patch)) + self.position
+        modulated = self._modulated(condition)
         for layer, block in enumerate(self.blocks):
-            tokens, _ = block(tokens, condition, source_kv[layer])
+            tokens, _ = block(tokens, modulated, source_kv[layer])
         shift, scale = self.modulation(condition).unsqueeze(1).chunk(2, dim=-1)
         tokens = self.head(self.norm(tokens) * (1 + scale) + shift)
         return unpatchify(tokens, self.config.patch, self.config.latent_size)
+
+    def _modulated(self, condition: Tensor) -> Tensor:
+        return condition if self.shared_modulation is None else self.shared_modulation(condition)
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:

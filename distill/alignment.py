@@ -1,0 +1,199 @@
+"""Alignment: what a source photo shows, moved to where the target pose wants it.
+
+Two networks. ``SourceEncoder`` looks at the photo, once per identity: features of it at 1/4 and 1/8, a summary, and the
+joints of the person. ``Aligner`` runs for every frame: it starts from the limb map (``distill.limbs``) and corrects it,
+and says for each place of the target whether the source shows it, and which layer (skin, top, hair, …) is there. The
+source's pixels and features are then fetched by that map, with one ``grid_sample`` each.
+
+Where a data set has surface maps (``distill.surface``) the map is taught exactly; otherwise the pictures teach it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distill.limbs import HEIGHT, PARTS, Joints, complete, limb_map
+from distill.surface import LAYERS
+
+REACH = 30.0  # frame units that a correction of 1 is worth
+
+
+class ResidualBlock(nn.Module):
+    """Two 3 × 3 convolutions around a ReLU: no normalisation, so that it is cheap and quantizes well."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+def down(before: int, after: int) -> nn.Module:
+    """Half the size."""
+    return nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * before, after, 1))
+
+
+def up(before: int, after: int) -> nn.Module:
+    """Twice the size."""
+    return nn.Sequential(nn.Conv2d(before, 4 * after, 1), nn.PixelShuffle(2))
+
+
+def blocks(width: int, count: int) -> nn.Module:
+    """A stack of residual blocks."""
+    return nn.Sequential(*(ResidualBlock(width) for _ in range(count)))
+
+
+class Seen(NamedTuple):
+    """What the encoder sees in S photos."""
+
+    fine: Tensor  # (S, 32, H/4, W/4) features
+    coarse: Tensor  # (S, 32, H/8, W/8) features
+    summary: Tensor  # (S, 128)
+    joints: Tensor  # (S, 18, 2) pixels
+    scores: Tensor  # (S, 18) logits: that the joint is there
+    heat: Tensor  # (S, 18, H/4 W/4) logits of the joints' places
+    surface: Tensor  # (S, 3 + 8, H/4, W/4): the body's point in metres, logits of its layer
+
+
+class SourceEncoder(nn.Module):
+    """A U-Net over the photo, from 1/4 to 1/16 and back; 1.7 GFLOP for 256 × 176, once per identity."""
+
+    def __init__(self, widths: tuple[int, int, int] = (48, 96, 128), channels: int = 32) -> None:
+        super().__init__()
+        a, b, c = widths
+        self.stem = nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(48, a, 3, padding=1), ResidualBlock(a))
+        self.fall, self.fall_again = nn.Sequential(down(a, b), blocks(b, 2)), nn.Sequential(down(b, c), blocks(c, 3))
+        self.rise, self.coarse_blocks = up(c, b), blocks(b, 1)
+        self.rise_again, self.fine_blocks = up(b, a), blocks(a, 1)
+        self.fine, self.coarse = nn.Conv2d(a, channels, 1), nn.Conv2d(b, channels, 1)
+        self.heat, self.surface = nn.Conv2d(a, 18, 1), nn.Conv2d(a, 3 + len(LAYERS), 1)
+        self.scores = nn.Linear(c, 18)
+
+    def forward(self, pixels: Tensor) -> Seen:
+        """(S, 3, H, W) in [-1, 1]."""
+        first = self.stem(pixels)
+        second = self.fall(first)
+        third = self.fall_again(second)
+        second = self.coarse_blocks(second + self.rise(third))
+        first = F.relu(self.fine_blocks(first + self.rise_again(second)))
+        summary, heat = F.relu(third).mean((2, 3)), self.heat(first).float()
+        return Seen(
+            fine=self.fine(first),
+            coarse=self.coarse(F.relu(second)),
+            summary=summary,
+            joints=expected_places(heat),
+            scores=self.scores(summary),
+            heat=heat.flatten(2),
+            surface=self.surface(first),
+        )
+
+
+def expected_places(heat: Tensor) -> Tensor:
+    """(S, 18, h, w) logits at 1/4 → (S, 18, 2) pixels x, y: the mean place under the softmax."""
+    share = torch.softmax(heat.flatten(2), dim=2).view(heat.shape)
+    x = (share.sum(2) * _centres(heat.shape[3], heat)).sum(2)
+    y = (share.sum(3) * _centres(heat.shape[2], heat)).sum(2)
+    return 4 * torch.stack([x, y], dim=-1)
+
+
+def _centres(count: int, like: Tensor) -> Tensor:
+    """Centres of ``count`` cells, the first at 0.5."""
+    return torch.arange(count, device=like.device, dtype=torch.float32) + 0.5
+
+
+class Aligned(NamedTuple):
+    """What a target pose takes from its source; (B, …) at half the size of the pictures."""
+
+    grid: Tensor  # (B, H/2, W/2, 2): places in the source, as ``grid_sample`` wants them, in [-1, 1]
+    seen: Tensor  # (B, 1, H/2, W/2) logits: the source shows it
+    layers: Tensor  # (B, 8, H/2, W/2) logits
+    context: Tensor  # (B, 64, H/8, W/8) features
+
+
+class Aligner(nn.Module):
+    """The limb map, corrected: a U-Net from 1/4 to 1/16 and up to 1/2; 0.5 GFLOP a frame for 256 × 176."""
+
+    def __init__(self, size: tuple[int, int], widths: tuple[int, int, int] = (32, 64, 96), channels: int = 32) -> None:
+        super().__init__()
+        self.size = size
+        fine, middle, low = widths
+        limbs = PARTS + 1 + 2
+        self.pose = nn.Sequential(nn.Linear(4 * 18 + 18, 128), nn.ReLU(), nn.Linear(128, low))
+        self.summary = nn.Linear(128, low)
+        self.stem = nn.Conv2d(4 * limbs + 2 * 18 + 2 + channels, middle, 1)
+        self.first, self.fall, self.low = blocks(middle, 1), down(middle, low), blocks(low, 3)
+        self.rise, self.second = up(low, middle), blocks(middle, 1)
+        self.rise_again, self.join, self.third = up(middle, fine), nn.Conv2d(limbs, fine, 1), blocks(fine, 1)
+        self.head = nn.Sequential(nn.ReLU(), nn.Conv2d(fine, 4 * (3 + len(LAYERS)), 1), nn.PixelShuffle(2))
+        nn.init.zeros_(self.head[1].weight)
+        nn.init.zeros_(self.head[1].bias)
+        for scale in (4, 8):
+            self.register_buffer(f"places{scale}", places(size, scale), persistent=False)
+
+    def forward(self, target: Tensor, source: Tensor, coarse: Tensor, summary: Tensor) -> Aligned:
+        """Align B target poses with B sources.
+
+        Args:
+            target, source: (B, 18, 2) joints in pixels, nan or ``MISSING`` where missing.
+            coarse, summary: of the source, from ``SourceEncoder``.
+        """
+        height, width = self.size
+        with torch.autocast(target.device.type, enabled=False):  # half precision would shift places by a pixel
+            wanted, given = complete(target.float(), height), complete(source.float(), height)
+            moved, weights = limb_map(wanted, given, self.places4)
+        offset = (moved - self.places4.T) / 50
+        limbs = torch.cat([weights, offset], dim=1).unflatten(2, (height // 4, width // 4))
+        around = self._around(wanted)
+        at = to_grid(F.avg_pool2d(moved.unflatten(2, (height // 4, width // 4)), 2), self.size)
+        place = (self.places8.T / 100 - 1).expand(len(target), -1, -1).unflatten(2, coarse.shape[2:])
+        felt = fetch(coarse, at)
+        x = self.first(self.stem(torch.cat([F.pixel_unshuffle(limbs, 2), around, place, felt], dim=1)))
+        mood = self.pose(vector(wanted, given)) + self.summary(summary)
+        context = self.second(x + self.rise(self.low(self.fall(x) + mood[:, :, None, None])))
+        out = self.head(self.third(self.rise_again(context) + self.join(limbs)))
+        base = F.interpolate(moved.unflatten(2, (height // 4, width // 4)), scale_factor=2, mode="bilinear")
+        return Aligned(to_grid(base + REACH * out[:, :2], self.size), out[:, 2:3], out[:, 3:], context)
+
+    def _around(self, wanted: Joints) -> Tensor:
+        """(B, 36, H/8, W/8): how near each joint is, on two scales."""
+        away = wanted.points[:, :, None] - self.places8
+        square = away.square().sum(-1) / wanted.torso.square()
+        near = torch.cat([torch.exp(-16 * square), torch.exp(-1.5 * square)], dim=1)
+        return near.unflatten(2, (self.size[0] // 8, self.size[1] // 8))
+
+
+def vector(wanted: Joints, given: Joints) -> Tensor:
+    """(B, 90): both poses around their necks, in torsos, and which joints of the target are known."""
+    poses = [((pose.points - pose.points[:, 1:2]) / pose.torso).flatten(1) for pose in (wanted, given)]
+    return torch.cat([*poses, wanted.known.flatten(1)], dim=1)
+
+
+def places(size: tuple[int, int], scale: int) -> Tensor:
+    """(N, 2) frame units x, y: the centres of the cells of a grid at 1 / scale, row by row."""
+    unit = HEIGHT / size[0]
+    y, x = (unit * scale * (torch.arange(length // scale) + 0.5) for length in size)
+    return torch.stack([x.repeat(len(y)), y.repeat_interleave(len(x))], dim=1)
+
+
+def to_grid(moved: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, 2, h, w) frame units → (B, h, w, 2) in [-1, 1], for ``grid_sample`` without aligned corners."""
+    unit = HEIGHT / size[0]
+    return (moved * moved.new_tensor([2 / (unit * size[1]), 2 / HEIGHT]).view(1, 2, 1, 1) - 1).permute(0, 2, 3, 1)
+
+
+def fetch(picture: Tensor, grid: Tensor) -> Tensor:
+    """(B, C, h, w) sampled at (B, H, W, 2) places; the border goes on outside."""
+    return F.grid_sample(picture.float(), grid.float(), align_corners=False, padding_mode="border")
+
+
+def enlarge(grid: Tensor, scale: int = 2) -> Tensor:
+    """(B, h, w, 2) places at twice the resolution."""
+    return F.interpolate(grid.permute(0, 3, 1, 2), scale_factor=scale, mode="bilinear").permute(0, 2, 3, 1)
