@@ -16,24 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.autoencoder import ResidualBlock
 from distill.limbs import HEIGHT, PARTS, Joints, complete, limb_map
 from distill.surface import LAYERS
 
 REACH = 30.0  # frame units that a correction of 1 is worth
-
-
-class ResidualBlock(nn.Module):
-    """Two 3 × 3 convolutions around a ReLU: no normalisation, so that it is cheap and quantizes well."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+CHANNELS, SUMMARY, CONTEXT = 32, 128, 64  # of the source's features, of its summary, of the aligner's features
+MASKS = 1 + len(LAYERS)
 
 
 def down(before: int, after: int) -> nn.Module:
@@ -66,14 +55,14 @@ class Seen(NamedTuple):
 class SourceEncoder(nn.Module):
     """A U-Net over the photo, from 1/4 to 1/16 and back; 1.7 GFLOP for 256 × 176, once per identity."""
 
-    def __init__(self, widths: tuple[int, int, int] = (48, 96, 128), channels: int = 32) -> None:
+    def __init__(self, widths: tuple[int, int, int] = (48, 96, SUMMARY)) -> None:
         super().__init__()
         a, b, c = widths
         self.stem = nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(48, a, 3, padding=1), ResidualBlock(a))
         self.fall, self.fall_again = nn.Sequential(down(a, b), blocks(b, 2)), nn.Sequential(down(b, c), blocks(c, 3))
         self.rise, self.coarse_blocks = up(c, b), blocks(b, 1)
         self.rise_again, self.fine_blocks = up(b, a), blocks(a, 1)
-        self.fine, self.coarse = nn.Conv2d(a, channels, 1), nn.Conv2d(b, channels, 1)
+        self.fine, self.coarse = nn.Conv2d(a, CHANNELS, 1), nn.Conv2d(b, CHANNELS, 1)
         self.heat, self.surface = nn.Conv2d(a, 18, 1), nn.Conv2d(a, 3 + len(LAYERS), 1)
         self.scores = nn.Linear(c, 18)
 
@@ -121,14 +110,14 @@ class Aligned(NamedTuple):
 class Aligner(nn.Module):
     """The limb map, corrected: a U-Net from 1/4 to 1/16 and up to 1/2; 0.5 GFLOP a frame for 256 × 176."""
 
-    def __init__(self, size: tuple[int, int], widths: tuple[int, int, int] = (32, 64, 96), channels: int = 32) -> None:
+    def __init__(self, size: tuple[int, int], widths: tuple[int, int, int] = (32, CONTEXT, 96)) -> None:
         super().__init__()
         self.size = size
         fine, middle, low = widths
         limbs = PARTS + 1 + 2
         self.pose = nn.Sequential(nn.Linear(4 * 18 + 18, 128), nn.ReLU(), nn.Linear(128, low))
-        self.summary = nn.Linear(128, low)
-        self.stem = nn.Conv2d(4 * limbs + 2 * 18 + 2 + channels, middle, 1)
+        self.summary = nn.Linear(SUMMARY, low)
+        self.stem = nn.Conv2d(4 * limbs + 2 * 18 + 2 + CHANNELS, middle, 1)
         self.first, self.fall, self.low = blocks(middle, 1), down(middle, low), blocks(low, 3)
         self.rise, self.second = up(low, middle), blocks(middle, 1)
         self.rise_again, self.join, self.third = up(middle, fine), nn.Conv2d(limbs, fine, 1), blocks(fine, 1)
@@ -197,3 +186,17 @@ def fetch(picture: Tensor, grid: Tensor) -> Tensor:
 def enlarge(grid: Tensor, scale: int = 2) -> Tensor:
     """(B, h, w, 2) places at twice the resolution."""
     return F.interpolate(grid.permute(0, 3, 1, 2), scale_factor=scale, mode="bilinear").permute(0, 2, 3, 1)
+
+
+class Alignment(nn.Module):
+    """Encoder and aligner, which are trained together."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.encoder, self.aligner = SourceEncoder(), Aligner(size)
+
+    def forward(self, pixels: Tensor, source: Tensor, target: Tensor) -> tuple[Seen, Aligned]:
+        """S photos (S, 3, H, W) in [-1, 1] with their joints (S, 18, 2), and B target poses, grouped by source."""
+        seen, repeats = self.encoder(pixels), len(target) // len(pixels)
+        given = (part.repeat_interleave(repeats, dim=0) for part in (source, seen.coarse, seen.summary))
+        return seen, self.aligner(target, *given)

@@ -6,7 +6,7 @@ are here: a small convolutional one for the device, and diffusers' ``Autoencoder
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,8 +30,9 @@ class Autoencoder(Protocol):
     def encode(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] → (B, C, H/f, W/f), deterministic, normalised."""
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """The inverse of ``encode``; values may leave [-1, 1] slightly."""
+    def decode(self, latent: Tensor, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The inverse of ``encode``; values may leave [-1, 1] slightly. ``tensors``: the frame's, by name, for B
+        pictures, where they are at hand; a decoder may look at them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +109,8 @@ class SmallAutoencoder(nn.Module):
         """(B, 3, H, W) in [-1, 1] → (B, C, H/8, W/8), normalised."""
         return (self.raw_encode(image) - self.mean) / self.std
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """(B, C, h, w) → (B, 3, 8h, 8w)."""
+    def decode(self, latent: Tensor, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """(B, C, h, w) → (B, 3, 8h, 8w); the latent is all it looks at."""
         return self.raw_decode(latent * self.std + self.mean)
 
 
@@ -128,8 +129,8 @@ class KLAutoencoder(nn.Module):
         """The mode of the posterior, so that the same image always has the same latent."""
         return (self.vae.encode(image).latent_dist.mode() - self.shift) * self.scale
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """(B, C, h, w) → (B, 3, f h, f w)."""
+    def decode(self, latent: Tensor, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """(B, C, h, w) → (B, 3, f h, f w); the latent is all it looks at."""
         return self.vae.decode(latent / self.scale + self.shift).sample
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from distill.autoencoder import Autoencoder, describe
+from distill.condition import Source, with_missing
 from distill.resident import Pictures, as_model, fits, make_pictures, open_pictures
 from distill.weights import readable
 from rpfm_edge.artifact import json_digest, write_bytes
 from rpfm_edge.data import Split
 from rpfm_edge.image import to_model
-from rpfm_edge.pose import draw_skeleton, flip
+from rpfm_edge.pose import PoseKind, draw_skeleton, flip
 from rpfm_edge.progress import progress
 
 
@@ -25,8 +26,8 @@ from rpfm_edge.progress import progress
 class Batch:
     """S sources with M targets each, B = S M; ``target`` is None where only conditions are needed."""
 
-    source: Tensor  # (S, C, h, w)
-    pose: Tensor  # (B, 3, H, W) skeletons in [-1, 1]
+    source: Source
+    pose: Tensor  # (B, 3, H, W) skeletons in [-1, 1], or (B, 18, 2) keypoints with ``MISSING``
     target: Tensor | None = None  # (B, C, h, w)
 
 
@@ -35,13 +36,15 @@ class EncodedSplit:
     """A split with the latents of its images, plain and mirrored: ``latents[flipped, index]``, float16.
 
     ``skeletons[flipped, index]`` are the drawn poses, uint8, where they lie on the latents' device; without them each
-    batch draws its own.
+    batch draws its own. ``pose`` is the kind that batches hold. Sources are read from ``pictures``, or from the split.
     """
 
     split: Split
     latents: Tensor  # (2, N, C, h, w)
     size: tuple[int, int]
     skeletons: Tensor | None = None  # (2, N, H, W, 3)
+    pose: PoseKind = "skeleton"
+    pictures: Pictures | None = None
 
     def batch(
         self, sources: np.ndarray, targets: np.ndarray, flips: np.ndarray, device: torch.device | str = "cpu"
@@ -50,13 +53,28 @@ class EncodedSplit:
         place = self.latents.device
         mirrored = torch.from_numpy(flips.astype(np.int64)).to(place)
         flipped, wanted = mirrored.repeat_interleave(targets.shape[1]), torch.from_numpy(targets.ravel()).to(place)
-        source = self.latents[mirrored, torch.from_numpy(sources).to(place)]
-        if self.skeletons is None:
+        latent = self.latents[mirrored, torch.from_numpy(sources).to(place)].float()
+        source = Source(latent, self._pixels(sources, flips), self._keypoints(sources, flips))
+        if self.pose == "keypoints":
+            pose = with_missing(self._keypoints(targets.ravel(), flips.repeat(targets.shape[1])))
+        elif self.skeletons is None:
             pose = self._draw(targets, flips)
         else:
             pose = as_model(self.skeletons[flipped, wanted]).contiguous()
         target = self.latents[flipped, wanted]
-        return Batch(source.to(device).float(), pose.to(device), target.to(device).float())
+        return Batch(source.to(device), pose.to(device), target.to(device).float())
+
+    def _pixels(self, indices: np.ndarray, flips: np.ndarray) -> Tensor:
+        """(n, 3, H, W) in [-1, 1], mirrored where ``flips`` (n,) says so."""
+        pictures = self.pictures or Pictures(self.split, self.size, "cpu", False)
+        plain = as_model(pictures(indices)).contiguous()
+        mirrored = torch.from_numpy(flips).to(plain.device).view(-1, 1, 1, 1)
+        return torch.where(mirrored, plain.flip(3), plain)
+
+    def _keypoints(self, indices: np.ndarray, flips: np.ndarray) -> Tensor:
+        """(n, 18, 2) pixels, nan where missing, mirrored where ``flips`` (n,) says so."""
+        plain = np.stack([self.split.pose(int(index), self.size) for index in indices])
+        return torch.from_numpy(np.where(flips[:, None, None], flip(plain, self.size[1]), plain))
 
     def _draw(self, targets: np.ndarray, flips: np.ndarray) -> Tensor:
         drawn = [self.skeleton(index, flipped) for row, flipped in zip(targets, flips, strict=True) for index in row]
@@ -75,11 +93,12 @@ def encode_split(
     size: tuple[int, int],
     device: torch.device | str = "cpu",
     pictures: Pictures | None = None,
+    pose: PoseKind = "skeleton",
 ) -> EncodedSplit:
     """Encode every image of a split, plain and mirrored; on a GPU the result stays there, skeletons too if they fit.
 
     The latents are kept in the folder ``cache`` under the digest of data set, names, size and weights. ``pictures``
-    are those of the split, where somebody has them already.
+    are those of the split, where somebody has them already; ``pose`` is the kind that batches will hold.
     """
     key = json_digest(
         {
@@ -90,30 +109,30 @@ def encode_split(
         }
     )
     file = cache / f"latents-{key[:16]}.safetensors"
+    pictures = pictures or open_pictures(split, size, device)
     if not file.exists():
-        pictures = pictures or open_pictures(split, size, device)
         write_bytes(file, save({"latents": _encode(pictures, autoencoder, device)}))
     with readable(file, "whole latents", "delete it, and they are encoded again"):
         latents = load_file(file)["latents"]
-    return settle_split(EncodedSplit(split, latents, size), device)
+    return settle_split(EncodedSplit(split, latents, size, pose=pose, pictures=pictures), device)
 
 
 def settle_split(data: EncodedSplit, device: torch.device | str, resident: bool | None = None) -> EncodedSplit:
     """The split with its latents on a GPU, and all its skeletons drawn there if they fit; on a CPU as it is.
 
-    ``resident``: draw them, or not, wherever it is.
+    ``resident``: draw them, or not, wherever it is. Those of keypoints are not drawn.
     """
     count, (height, width) = len(data.split.names), data.size
     on_gpu = torch.device(device).type == "cuda"
-    latents = data.latents.to(device) if on_gpu or resident else data.latents
+    settled = replace(data, latents=data.latents.to(device) if on_gpu or resident else data.latents, skeletons=None)
     if resident is None:
-        resident = fits(2 * count * height * width * 3, device)
+        resident = data.pose == "skeleton" and fits(2 * count * height * width * 3, device)
     if not resident:
-        return EncodedSplit(data.split, latents, data.size)
+        return settled
     drawn = make_pictures(
         lambda i: data.skeleton(i % count, i >= count), 2 * count, data.size, device, "drawing skeletons"
     )
-    return EncodedSplit(data.split, latents, data.size, drawn.unflatten(0, (2, count)))
+    return replace(settled, skeletons=drawn.unflatten(0, (2, count)))
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 they are kept.
 
 The frame is one graph: pose encoder, the unrolled steps, the decoder and the conversion to uint8. Its times are
-constants, so time embedding and adaLN fold away.
+constants, so time embedding and adaLN fold away. What goes from the one graph to the other are the tensors that the
+network makes of a source, by their own names.
 """
 
 from __future__ import annotations
@@ -20,46 +21,73 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from distill.condition import Source, Tensors, encode_pose, encoded
 from distill.student import Student, load_student
-from distill.teacher import encode_pose
 from rpfm_edge import artifact
 from rpfm_edge.artifact import Artifact, Stage, tool_versions
 from rpfm_edge.errors import ParityError
 from rpfm_edge.flow import check_steps
+from rpfm_edge.pose import MISSING, pose_input
 from rpfm_edge.signature import Signature, TensorSpec
 
 OPSET = 20
 TOLERANCE = 1e-4  # max abs in FP32, on keys and values and on the image in [-1, 1] before it is rounded
 TOOLS = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")
 FACTORY = "distill.export:reference"
+KEYPOINTS = "keypoints"  # of the source, an input of ``prepare``
+RESERVED = {"source", KEYPOINTS, "pose", "noise", "image"}
 
 
 class Prepare(nn.Module):
-    """(1, H, W, 3) uint8 source → (layers, 2, heads, N, hd) keys and values."""
+    """(1, H, W, 3) uint8 source, and (1, 18, 2) keypoints for a network of keypoints → the tensors of the network, in
+    its order."""
 
     def __init__(self, student: Student) -> None:
         super().__init__()
         self.student = student
 
-    def forward(self, source: Tensor) -> Tensor:
-        latent = self.student.autoencoder.encode(to_float(source))
-        return self.student.network.source_kv(latent)[:, :, 0].float()  # whatever the network computes in
+    def forward(self, source: Tensor, keypoints: Tensor | None = None) -> tuple[Tensor, ...]:
+        pixels = to_float(source)
+        joints = pixels.new_full((len(pixels), 18, 2), MISSING) if keypoints is None else keypoints
+        tensors = self.student.network.source(encoded(self.student.autoencoder, pixels, joints))
+        return tuple(tensor.float() for tensor in tensors.values())  # whatever the network computes in
 
 
 class Frame(nn.Module):
-    """(1, H, W, 3) uint8 skeleton, (1, C, h, w) noise, keys and values → (1, H, W, 3) image, as uint8 and as [-1, 1]
-    float."""
+    """Pose, (1, C, h, w) noise and the tensors of ``frame_tensors``, in their order → (1, H, W, 3) image, as uint8 and
+    as [-1, 1] float. The pose is (1, H, W, 3) uint8 or (1, 18, 2), as the network wants it."""
 
     def __init__(self, student: Student, steps: int) -> None:
         super().__init__()
         self.student, self.steps = student, steps
+        self.names = tuple(frame_tensors(student))
 
-    def forward(self, pose: Tensor, noise: Tensor, source_kv: Tensor) -> tuple[Tensor, Tensor]:
-        features = encode_pose(self.student.network, self.student.autoencoder, to_float(pose))
-        condition = {"pose": features, "source_kv": source_kv.unsqueeze(2)}
-        image = self.student.autoencoder.decode(self.student.sample(noise, condition, self.steps)).permute(0, 2, 3, 1)
+    def forward(self, pose: Tensor, noise: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        network, autoencoder = self.student.network, self.student.autoencoder
+        condition: Tensors = dict(zip(self.names, tensors, strict=True))
+        given = to_float(pose) if network.pose_kind == "skeleton" else pose
+        condition |= encode_pose(network, autoencoder, given, condition)
+        image = autoencoder.decode(self.student.sample(noise, condition, self.steps), condition).permute(0, 2, 3, 1)
         image = image.float()  # grey levels in half precision would have steps of 1/8
         return ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8), image
+
+
+@torch.no_grad()
+def source_tensors(student: Student) -> Tensors:
+    """The network's tensors of one source, all black and nobody on it: what counts are their names and shapes."""
+    network, factor = student.network, student.autoencoder.factor
+    channels, height, width = network.config.latent_shape
+    latent = next(network.parameters()).new_zeros(1, channels, height, width)
+    pixels, joints = latent.new_zeros(1, 3, factor * height, factor * width), latent.new_full((1, 18, 2), MISSING)
+    tensors: Tensors = network.source(Source(latent, pixels, joints))
+    assert not RESERVED & tensors.keys(), "a tensor has the name of another input"
+    return tensors
+
+
+def frame_tensors(student: Student) -> Tensors:
+    """Those of them that a frame takes."""
+    tensors = source_tensors(student)
+    return {name: tensors[name] for name in getattr(student.network, "frame_tensors", tensors)}
 
 
 def to_float(image: Tensor) -> Tensor:
@@ -69,15 +97,19 @@ def to_float(image: Tensor) -> Tensor:
 
 def signatures(student: Student, size: tuple[int, int]) -> dict[str, Signature]:
     """The boundaries of both graphs."""
-    config = student.network.config
-    image = (1, *size, 3)
-    source_kv = TensorSpec("source_kv", config.source_kv_shape, "float32")
-    noise = TensorSpec("noise", (1, *config.latent_shape), "float32")
+    picture, points = ((1, *size, 3), "uint8"), ((1, 18, 2), "float32")
+    source, image = TensorSpec("source", *picture), TensorSpec("image", *picture)
+    by_points = student.network.pose_kind == "keypoints"
+    pose = TensorSpec("pose", *(points if by_points else picture))
+    noise = TensorSpec("noise", (1, *student.network.config.latent_shape), "float32")
+
+    def specs(tensors: Tensors) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(name, tuple(tensor.shape), "float32") for name, tensor in tensors.items())
+
+    prepared = (source, TensorSpec(KEYPOINTS, *points)) if by_points else (source,)
     return {
-        "prepare": Signature((TensorSpec("source", image, "uint8"),), (source_kv,)),
-        "frame": Signature(
-            (TensorSpec("pose", image, "uint8"), noise, source_kv), (TensorSpec("image", image, "uint8"),)
-        ),
+        "prepare": Signature(prepared, specs(source_tensors(student))),
+        "frame": Signature((pose, noise, *specs(frame_tensors(student))), (image,)),
     }
 
 
@@ -109,6 +141,7 @@ def export(path: str | Path, out: Path, steps: int | None = None, noise_seed: in
         "precision": "fp32",
         "size": list(size),
         "latent_shape": list(student.network.config.latent_shape),
+        "pose": student.network.pose_kind,
         "factory": FACTORY,
         "student": loaded.digest,
     }
@@ -134,12 +167,24 @@ def copy_student(student: Artifact, folder: Path, steps: int) -> None:
 def example_feeds(
     student: Student, boundary: dict[str, Signature], noise: np.ndarray
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Real-looking inputs for both graphs: random pictures, the noise, and the keys and values that torch computes."""
+    """Real-looking inputs for both graphs: random pictures or points, the noise, and the tensors that torch computes.
+
+    Of the source's keypoints half are missing.
+    """
     rng = np.random.default_rng(0)
-    source, pose = (rng.integers(0, 256, boundary["prepare"].inputs[0].shape, dtype=np.uint8) for _ in range(2))
+    picture = boundary["prepare"].input("source").shape
+    source, pose = (rng.integers(0, 256, picture, dtype=np.uint8) for _ in range(2))
+    prepare = {"source": source}
+    if student.network.pose_kind == "keypoints":
+        height, width = picture[1:3]
+        points = (rng.random((2, 18, 2)) * [width, height]).astype(np.float32)
+        points[0, ::2] = np.nan
+        prepare[KEYPOINTS], pose = (pose_input(one, "keypoints") for one in points)
     with torch.no_grad():
-        source_kv = Prepare(student)(torch.from_numpy(source)).numpy()
-    return {"prepare": {"source": source}, "frame": {"pose": pose, "noise": noise, "source_kv": source_kv}}
+        made = Prepare(student)(*(torch.from_numpy(array) for array in prepare.values()))
+    tensors = {spec.name: value.numpy() for spec, value in zip(boundary["prepare"].outputs, made, strict=True)}
+    taken = {spec.name: tensors[spec.name] for spec in boundary["frame"].inputs if spec.name in tensors}
+    return {"prepare": prepare, "frame": {"pose": pose, "noise": noise, **taken}}
 
 
 def write_graph(module: nn.Module, signature: Signature, feeds: dict[str, np.ndarray], path: Path) -> float:
@@ -217,16 +262,21 @@ def max_deviation(module: nn.Module, model: Any, feeds: dict[str, np.ndarray]) -
 
 
 def reference(folder: Path) -> dict[str, Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]]:
-    """The graphs as torch runs them, from a student artifact: what the ``torch`` backend calls."""
-    graphs, outputs = modules(folder), {"prepare": "source_kv", "frame": "image"}
+    """The graphs as torch runs them, from a student artifact: what the ``torch`` backend calls.
+
+    Tensors whose shape lacks the axis of one source, which older graphs had, are taken too.
+    """
+    student, loaded = load_student(folder)
+    boundary, graphs = signatures(student, tuple(loaded.config["size"])), _modules(student, loaded)
 
     def runner(name: str) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+        inputs, outputs = boundary[name].inputs, boundary[name].outputs
+
         @torch.inference_mode()
         def run(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            result = graphs[name](
-                **{key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in feeds.items()}
-            )
-            return {outputs[name]: (result[0] if isinstance(result, tuple) else result).numpy()}
+            given = (np.ascontiguousarray(feeds[spec.name]).reshape(spec.shape) for spec in inputs)
+            result = graphs[name](*(torch.from_numpy(array) for array in given))
+            return {spec.name: value.numpy() for spec, value in zip(outputs, result, strict=False)}
 
         return run
 
@@ -238,5 +288,8 @@ def modules(folder: Path) -> dict[str, nn.Module]:
 
     Their outputs begin with those of the signature; a frame adds its image before rounding.
     """
-    student, loaded = load_student(folder)
+    return _modules(*load_student(folder))
+
+
+def _modules(student: Student, loaded: Artifact) -> dict[str, nn.Module]:
     return {"prepare": Prepare(student).eval(), "frame": Frame(student, int(loaded.config["steps"])).eval()}

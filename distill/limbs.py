@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rpfm_edge.pose import MISSING
+
 HEIGHT = 256.0  # of the frame that lengths are measured in
-MISSING = -1e4  # both coordinates of a joint that is missing, at the boundary of a graph
 PARTS = 10
 _TORSO_LENGTH = 66.0  # where neck or hips are missing
 

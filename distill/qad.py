@@ -21,12 +21,13 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from distill.autoencoder import SmallAutoencoder
+from distill.condition import encoded
 from distill.rpfm import Block
 from distill.student import Student
 from distill.train import History, TrainConfig, fit
 from rpfm_edge.data import Split, draw_batch
 from rpfm_edge.image import to_model
-from rpfm_edge.pose import draw_skeleton, flip
+from rpfm_edge.pose import MISSING, PoseKind, flip, pose_input
 from rpfm_edge.progress import progress
 
 Precision = Literal["int8", "int4-weights"]
@@ -35,7 +36,7 @@ LEVELS = {"int8": (63.5, 64), "int4-weights": (7.0, 7)}  # steps to a row's larg
 GROUP = 32  # weights of a sum that have one INT4 scale
 SHRINKS = torch.linspace(1.0, 0.7, 13)  # of the INT4 scale at which no weight of a group is clipped
 PICTURE = 10.0
-Batch = tuple[Tensor, Tensor, Tensor]  # sources, skeletons, noise
+Batch = tuple[Tensor, Tensor, Tensor]  # sources, poses, noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +61,12 @@ class Rendering(nn.Module):
         self.student, self.steps = student, steps
 
     def forward(self, source: Tensor, pose: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
-        """(S, 3, H, W) in [-1, 1], (B, 3, H, W), (B, C, h, w), B a multiple of S → (B, 3, H, W) and the latent after
-        each step."""
-        condition = self.student.condition(self.student.autoencoder.encode(source), pose)
+        """(S, 3, H, W) in [-1, 1], B poses, (B, C, h, w), B a multiple of S → (B, 3, H, W) and the latent after each
+        step. The source is the photo alone, as from a user."""
+        joints = source.new_full((len(source), 18, 2), MISSING)
+        condition = self.student.condition(encoded(self.student.autoencoder, source, joints), pose)
         _, *states = self.student.path(noise, condition, self.steps)
-        return (self.student.autoencoder.decode(states[-1]), *states)
+        return (self.student.autoencoder.decode(states[-1], condition), *states)
 
 
 def int8_layers(student: Student) -> dict[str, nn.Module]:
@@ -171,14 +173,22 @@ def round_layers(rendering: Rendering, precision: Precision, batches: Sequence[B
 # Training ------------------------------------------------------------------------------------------------------------
 
 
-def draw(split: Split, size: tuple[int, int], targets: int, latent: tuple[int, ...], rng: np.random.Generator) -> Batch:
-    """A source, some of its targets' skeletons, mirrored with it half of the time, and their noise, on the CPU."""
+def draw(
+    split: Split,
+    size: tuple[int, int],
+    targets: int,
+    latent: tuple[int, ...],
+    rng: np.random.Generator,
+    kind: PoseKind = "skeleton",
+) -> Batch:
+    """A source, some of its targets' poses, mirrored with it half of the time, and their noise, on the CPU."""
     (source,), (row,), (mirrored,) = draw_batch(split, 1, targets, rng)
     picture = split.image(int(source), size)[:, :: -1 if mirrored else 1]
     poses = [split.pose(int(target), size) for target in row]
-    skeletons = [draw_skeleton(flip(pose, size[1]) if mirrored else pose, size) for pose in poses]
+    given = np.concatenate([pose_input(flip(pose, size[1]) if mirrored else pose, kind, size) for pose in poses])
+    pose = torch.from_numpy(to_model(given) if kind == "skeleton" else given)
     noise = torch.from_numpy(rng.standard_normal((targets, *latent), dtype=np.float32))
-    return torch.from_numpy(to_model(picture[None])), torch.from_numpy(to_model(np.stack(skeletons))), noise
+    return torch.from_numpy(to_model(picture[None])), pose, noise
 
 
 class QadLoss(nn.Module):
@@ -210,7 +220,7 @@ def train_rounded(
     student.network.null_source.requires_grad_(False)  # of guidance, which is folded in
 
     def batch(targets: int, rng: np.random.Generator) -> Batch:
-        source, pose, noise = draw(split, size, targets, latent, rng)
+        source, pose, noise = draw(split, size, targets, latent, rng, student.network.pose_kind)
         return source.to(device), pose.to(device), noise.to(device)
 
     count = config.samples if config.precision == "int8" else 0

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.autoencoder import ResidualBlock
+from distill.condition import Source, Tensors
 from rpfm_edge.errors import ConfigError
+from rpfm_edge.pose import PoseKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,7 @@ class RPFMConfig:
     mlp_ratio: int = 4
     pose_channels: int = 16
     step_embedding: bool = False
+    pose: PoseKind = "skeleton"
     shared_modulation: bool = False  # one adaLN for all blocks, each adding a vector of its own (arXiv 2310.00426)
 
     @property
@@ -54,7 +57,7 @@ class RPFMConfig:
 
     @property
     def source_kv_shape(self) -> tuple[int, ...]:
-        """(layers, key or value, heads, tokens, head width): what ``source_kv`` returns for one source."""
+        """(layers, key or value, heads, tokens, head width): keys and values of one source."""
         return (self.depth, 2, self.heads, self.tokens, self.dim // self.heads)
 
 
@@ -116,16 +119,16 @@ class Block(nn.Module):
         self.table = nn.Parameter(torch.zeros(6 * dim)) if shared_modulation else None
 
     def forward(self, x: Tensor, condition: Tensor, source: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, N, D) tokens, (B, D) condition, (2, B, H, N, hd) source keys and values → tokens, own keys and values.
+        """(B, N, D) tokens, (B, D) condition, (B, 2, H, N, hd) source keys and values → tokens, own keys and values.
 
         Where the modulation is shared the condition is (B, 6 D), already modulated.
         """
         modulated = condition + self.table if self.modulation is None else self.modulation(condition)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulated.unsqueeze(1).chunk(6, dim=-1)
         q, k, v = self._heads(self.qkv(self.norm1(x) * (1 + scale1) + shift1))
-        own = torch.stack([k, v])
+        own = torch.stack([k, v], dim=1)
         if source is not None:
-            k, v = torch.cat([k, source[0]], dim=-2), torch.cat([v, source[1]], dim=-2)
+            k, v = torch.cat([k, source[:, 0]], dim=-2), torch.cat([v, source[:, 1]], dim=-2)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + gate1 * self.proj(attended)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2), own
@@ -154,14 +157,19 @@ class PoseEncoder(nn.Module):
 
 
 class RPFM(nn.Module):
-    """The velocity v(x_t, t | pose, source); with a step embedding the flow map's u(x_t, t, d | pose, source)."""
+    """The velocity v(x_t, t | pose, source); with a step embedding the flow map's u(x_t, t, d | pose, source).
+
+    Its pose is a drawn skeleton. Its source's keys and values are the tensor ``source_kv``."""
+
+    pose_kind: PoseKind = "skeleton"
 
     def __init__(self, config: RPFMConfig) -> None:
         super().__init__()
         self.config = config
         dim, patch, channels = config.dim, config.patch, config.latent_channels
         pose_channels = config.pose_channels or channels
-        self.pose_encoder = PoseEncoder(config.factor, pose_channels) if config.pose_channels else None
+        by_picture = config.pose == "skeleton" and config.pose_channels
+        self.pose_encoder = PoseEncoder(config.factor, pose_channels) if by_picture else None
         self.embed = nn.Linear((channels + pose_channels) * patch**2, dim)
         self.embed_source = nn.Linear(channels * patch**2, dim)
         self.position = nn.Parameter(0.02 * torch.randn(1, config.tokens, dim))
@@ -175,12 +183,21 @@ class RPFM(nn.Module):
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.modulation, self.head = zero_linear(dim, 2 * dim), zero_linear(dim, channels * patch**2)
 
-    def source_kv(self, source: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Keys and values of every layer for (S, C, h, w) source latents → (layers, 2, S, heads, N, hd).
+    @property
+    def encodes_pose(self) -> bool:
+        """Whether the autoencoder encodes the skeleton before ``pose`` gets it."""
+        return self.pose_encoder is None
+
+    def source(self, source: Source, keep: Tensor | None = None) -> Tensors:
+        """``source_kv``: keys and values of every layer for S sources, (S, layers, 2, heads, N, hd).
 
         ``keep`` (S,) bool: where False the source is replaced by the learned null, for classifier-free guidance.
         """
-        x = self.embed_source(patchify(source, self.config.patch))
+        return {"source_kv": self.keys_and_values(source.latent, keep)}
+
+    def keys_and_values(self, features: Tensor, keep: Tensor | None) -> Tensor:
+        """Of (S, F, h, w) features of the sources, what ``embed_source`` takes."""
+        x = self.embed_source(patchify(features, self.config.patch))
         if keep is not None:
             x = torch.where(keep[:, None, None], x, self.null_source.to(x.dtype))
         x = x + self.position
@@ -189,17 +206,24 @@ class RPFM(nn.Module):
         for block in self.blocks:
             x, own = block(x, condition, None)
             collected.append(own)
-        return torch.stack(collected)
+        return torch.stack(collected, dim=1)
 
-    def forward(self, x: Tensor, t: Tensor, pose: Tensor, source_kv: Tensor, d: Tensor | None = None) -> Tensor:
+    def pose(self, pose: Tensor, tensors: Tensors) -> Tensors:
+        """``pose``: features (B, P, h, w) of skeletons (B, 3, H, W), or their latents as they are."""
+        return {"pose": pose if self.pose_encoder is None else self.pose_encoder(pose)}
+
+    def forward(
+        self, x: Tensor, t: Tensor, d: Tensor | None = None, *, pose: Tensor, source_kv: Tensor, **others: Tensor
+    ) -> Tensor:
         """Velocity, or average velocity over [t, t + d].
 
         Args:
             x: (B, C, h, w) latent at time t.
             t: (B,) in [0, 1].
-            pose: (B, P, h, w) pose features or pose latent.
-            source_kv: from ``source_kv``, for B sources.
             d: (B,) step size; only with a step embedding, where None means the instantaneous velocity (d = 0).
+            pose: (B, P, h, w) from ``pose``.
+            source_kv: from ``source``, for B sources.
+            others: tensors that it does not look at.
         """
         condition = self.time(t)
         if self.step is not None:
@@ -208,7 +232,7 @@ class RPFM(nn.Module):
         tokens = self.embed(patchify(torch.cat([x, pose], dim=1), self.config.patch)) + self.position
         modulated = self._modulated(condition)
         for layer, block in enumerate(self.blocks):
-            tokens, _ = block(tokens, modulated, source_kv[layer])
+            tokens, _ = block(tokens, modulated, source_kv[:, layer])
         shift, scale = self.modulation(condition).unsqueeze(1).chunk(2, dim=-1)
         tokens = self.head(self.norm(tokens) * (1 + scale) + shift)
         return unpatchify(tokens, self.config.patch, self.config.latent_size)

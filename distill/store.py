@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from distill.batches import EncodedSplit
 from distill.resident import settle
-from distill.teacher import Teacher
+from distill.teacher import Teacher, pose_kind
 from distill.weights import readable
 from rpfm_edge.artifact import write_bytes, write_text
 from rpfm_edge.data import Split, draw_batch
@@ -84,7 +84,7 @@ def build_store(
     ``seconds`` bounds the solving of the whole store, that of earlier calls included. ``identity`` of the teacher (its
     digest, or the name of its factory) is kept with the store. Returns how many shards of the config are there now.
     """
-    processes = processes or PartialState()
+    processes, data = processes or PartialState(), replace(data, pose=pose_kind(teacher))
     if config.grid % 8:
         raise ConfigError(f"a grid of {config.grid}", expected="a multiple of 8", fix="use 8 or 16")
     _check_meta(out, config, identity, data.split)

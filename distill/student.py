@@ -15,9 +15,10 @@ from distill import autoencoder as autoencoders
 from distill import targets
 from distill.autoencoder import edges
 from distill.batches import EncodedSplit
+from distill.condition import Source, Tensors, encode_pose, per_target
 from distill.rpfm import RPFM, RPFMConfig
 from distill.store import Trajectories
-from distill.teacher import RPFMTeacher, Teacher, encode_pose, network_config
+from distill.teacher import RPFMTeacher, Teacher, network_config
 from distill.train import History, TrainConfig, fit
 from distill.weights import load_weights, save_weights
 from rpfm_edge import artifact, assets
@@ -48,22 +49,20 @@ class Student(nn.Module):
         super().__init__()
         self.network, self.autoencoder = network, autoencoder
 
-    def condition(self, source: Tensor, pose: Tensor) -> dict[str, Tensor]:
-        """From (S, C, h, w) source latents and (B, 3, H, W) skeletons, B a multiple of S."""
-        features = encode_pose(self.network, self.autoencoder, pose)
-        source_kv = self.network.source_kv(source).repeat_interleave(len(pose) // len(source), dim=2)
-        return {"pose": features, "source_kv": source_kv}
+    def condition(self, source: Source, pose: Tensor) -> Tensors:
+        """The network's tensors, by name, of S sources and B poses of its kind, B a multiple of S."""
+        tensors = per_target(self.network.source(source), len(pose) // len(source.latent))
+        return tensors | encode_pose(self.network, self.autoencoder, pose, tensors)
 
-    def average_velocity(self, x: Tensor, t: Tensor, d: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    def average_velocity(self, x: Tensor, t: Tensor, d: Tensor, condition: Tensors) -> Tensor:
         """u over [t, t + d] for t, d (B,); networks without a step embedding ignore d."""
-        step = d if self.network.step is not None else None
-        return self.network(x, t, condition["pose"], condition["source_kv"], step)
+        return self.network(x, t, d if self.network.step is not None else None, **condition)
 
-    def sample(self, noise: Tensor, condition: dict[str, Tensor], steps: int) -> Tensor:
+    def sample(self, noise: Tensor, condition: Tensors, steps: int) -> Tensor:
         """The latent at t = 1 from (B, C, h, w) noise, in ``steps`` evaluations."""
         return self.path(noise, condition, steps)[-1]
 
-    def path(self, noise: Tensor, condition: dict[str, Tensor], steps: int) -> list[Tensor]:
+    def path(self, noise: Tensor, condition: Tensors, steps: int) -> list[Tensor]:
         """The latents at t = 0 (the noise), 1/steps, …, 1."""
 
         def average_velocity(x: Tensor, t: float, d: float) -> Tensor:
@@ -73,31 +72,32 @@ class Student(nn.Module):
 
 
 class DistillLoss(nn.Module):
-    """The loss of one method; ``forward`` takes source latents, skeletons and what ``examples`` makes of the paths."""
+    """The loss of one method; ``forward`` takes sources, poses and what ``examples`` makes of the paths."""
 
     def __init__(self, student: Student, config: DistillConfig) -> None:
         super().__init__()
         self.network, self.config = student.network, config
         self._student = [student]  # in a list: its autoencoder is frozen, not a part of the training state
 
-    def forward(self, source: Tensor, skeleton: Tensor, *examples: Tensor) -> Tensor:
+    def forward(self, source: Source, pose: Tensor, *examples: Tensor) -> Tensor:
         student = self._student[0]
-        condition = student.condition(source, skeleton)
+        condition = student.condition(source, pose)
         if self.config.method == "endpoint":
             return self._endpoint(student, condition, *examples)
         x, t, d, velocity = examples
         return targets.pseudo_huber(student.average_velocity(x, t, d, condition).float() - velocity)
 
-    def _endpoint(self, student: Student, condition: dict[str, Tensor], *wanted: Tensor) -> Tensor:
+    def _endpoint(self, student: Student, condition: Tensors, *wanted: Tensor) -> Tensor:
         """Unroll all steps with gradient; the end counts fully, the states on the way by half, edges after decoding."""
         states = student.path(wanted[0], condition, self.config.steps)
         errors = [targets.pseudo_huber(made - want) for made, want in zip(states[1:], wanted[1:], strict=True)]
         loss = 0.5 * (torch.stack(errors).sum() + errors[-1])
         if self.config.perceptual_weight:
             few = self.config.perceptual_images
-            image = student.autoencoder.decode(states[-1][:few])
+            tensors = {name: tensor[:few] for name, tensor in condition.items()}
+            image = student.autoencoder.decode(states[-1][:few], tensors)
             with torch.no_grad():
-                reference = student.autoencoder.decode(wanted[-1][:few])
+                reference = student.autoencoder.decode(wanted[-1][:few], tensors)
             perceptual = sum(F.l1_loss(a, b) for a, b in zip(edges(image), edges(reference), strict=True))
             loss = loss + self.config.perceptual_weight * perceptual
         return loss
@@ -168,7 +168,7 @@ def train_student(
     student: Student, data: EncodedSplit, store: Trajectories, config: DistillConfig, checkpoint: Path
 ) -> tuple[Student, History]:
     """Distill on stored paths and return the EMA student. Resumes from ``checkpoint``."""
-    loss = DistillLoss(student, config)
+    loss, data = DistillLoss(student, config), replace(data, pose=student.network.pose_kind)
     groups = len(store.states) // store.targets_per_source
 
     def step_loss(model: nn.Module, step: int, rng: np.random.Generator) -> Tensor:

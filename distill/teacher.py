@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, get_args
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from distill import autoencoder as autoencoders
 from distill.autoencoder import Autoencoder
 from distill.batches import EncodedSplit
+from distill.condition import Source, Tensors, encode_pose, per_target
 from distill.rpfm import RPFM, RPFMConfig
 from distill.train import History, TrainConfig, fit
 from distill.weights import load_weights, save_weights
@@ -25,20 +26,28 @@ from rpfm_edge.artifact import Artifact, Stage
 from rpfm_edge.data import draw_batch
 from rpfm_edge.errors import ConfigError
 from rpfm_edge.flow import Solver, guidance_scale, interpolate, solve, target_velocity, time_grid
+from rpfm_edge.pose import PoseKind
 
 TOOLS = ("torch", "accelerate", "safetensors")
 VALIDATION_SEED = 0
+NULL = "null_"  # before the names of tensors of no source, in a condition
 
 
 class Teacher(Protocol):
-    """The velocity contract: all that distillation and validation need. Any ``package.module:factory`` may give one."""
+    """The velocity contract: all that distillation and validation need. Any ``package.module:factory`` may give one.
+
+    It may have an attribute ``pose``, the kind that it wants: "skeleton" without it.
+    """
 
     autoencoder: Autoencoder
     latent_shape: tuple[int, int, int]
     size: tuple[int, int]
 
-    def condition(self, source: Tensor, pose: Tensor) -> Any:
-        """From (S, C, h, w) source latents and (B, 3, H, W) skeletons (B a multiple of S, grouped by source)."""
+    def condition(self, source: Source, pose: Tensor) -> Any:
+        """From S sources and (B, 3, H, W) skeletons or (B, 18, 2) keypoints (B a multiple of S, grouped by source).
+
+        A dict of tensors, all with B in front, is handed on to the decoder.
+        """
 
     def velocity(self, x: Tensor, t: float, condition: Any) -> Tensor:
         """Guided dx/dt of (B, C, h, w) at time t (0 noise, 1 image)."""
@@ -69,12 +78,16 @@ class FlowMatchingConfig:
 class Example(NamedTuple):
     """A batch with its draws: S sources, B = S M targets, all on one device."""
 
-    source: Tensor  # (S, C, h, w)
-    skeleton: Tensor  # (B, 3, H, W)
+    source: Source
+    pose: Tensor  # (B, 3, H, W) or (B, 18, 2)
     target: Tensor  # (B, C, h, w)
     t: Tensor  # (B,)
     noise: Tensor  # like the target
     keep: Tensor  # (S,) bool: sources whose conditions are not dropped
+
+    def to(self, device: torch.device | str) -> Example:
+        """On a device."""
+        return Example(*(part.to(device) for part in self))
 
 
 class FlowMatchingLoss(nn.Module):
@@ -86,14 +99,20 @@ class FlowMatchingLoss(nn.Module):
         self._autoencoder = [autoencoder]  # in a list: frozen, not a part of the training state
 
     def forward(self, example: Example) -> Tensor:
-        source, skeleton, target, t, noise, keep = example
-        sigma_min, targets_per_source = self.config.sigma_min, len(target) // len(source)
-        pose = encode_pose(self.network, self._autoencoder[0], skeleton)
-        pose = pose * keep.repeat_interleave(targets_per_source)[:, None, None, None]
-        source_kv = self.network.source_kv(source, keep).repeat_interleave(targets_per_source, dim=2)
+        source, pose, target, t, noise, keep = example
+        sigma_min, targets_per_source = self.config.sigma_min, len(target) // len(keep)
+        tensors = per_target(self.network.source(source, keep), targets_per_source)
+        posed = encode_pose(self.network, self._autoencoder[0], pose, tensors)
+        kept = keep.repeat_interleave(targets_per_source)
+        tensors |= {name: tensor * _beside(kept, tensor) for name, tensor in posed.items()}
         x_t = interpolate(noise, target, t[:, None, None, None], sigma_min)
-        velocity = self.network(x_t, t, pose, source_kv)
+        velocity = self.network(x_t, t, **tensors)
         return F.mse_loss(velocity.float(), target_velocity(noise, target, sigma_min))
+
+
+def _beside(values: Tensor, tensor: Tensor) -> Tensor:
+    """(B,) with as many axes as a tensor (B, …)."""
+    return values.view(-1, *[1] * (tensor.ndim - 1))
 
 
 def draw_example(
@@ -105,16 +124,8 @@ def draw_example(
     draw = torch.Generator(device).manual_seed(int(rng.integers(2**63)))
     t = torch.sigmoid(config.time_mean + config.time_std * torch.randn(len(batch.pose), generator=draw, device=device))
     noise = torch.randn(batch.target.shape, generator=draw, device=device)
-    keep = torch.rand(len(batch.source), generator=draw, device=device) >= config.condition_dropout
+    keep = torch.rand(len(batch.source.latent), generator=draw, device=device) >= config.condition_dropout
     return Example(batch.source, batch.pose, batch.target, t, noise, keep)
-
-
-def encode_pose(network: RPFM, autoencoder: nn.Module, pose: Tensor) -> Tensor:
-    """(B, 3, H, W) skeletons → (B, P, h, w), by the network's own encoder or, as in the paper, by the autoencoder."""
-    if network.pose_encoder is not None:
-        return network.pose_encoder(pose)
-    with torch.no_grad():
-        return autoencoder.encode(pose)
 
 
 def train_teacher(
@@ -129,7 +140,8 @@ def train_teacher(
 
     With ``validation`` the history holds the loss on it too, every ``config.train.evaluate_every_s``.
     """
-    loss = FlowMatchingLoss(network, autoencoder, config)
+    loss, data = FlowMatchingLoss(network, autoencoder, config), replace(data, pose=network.pose_kind)
+    validation = replace(validation, pose=network.pose_kind) if validation else None
 
     def step_loss(model: nn.Module, step: int, rng: np.random.Generator) -> Tensor:
         return model(draw_example(data, config, rng, next(model.parameters()).device))
@@ -150,7 +162,7 @@ def held_out_loss(data: EncodedSplit, config: FlowMatchingConfig) -> Callable[[n
 
     def evaluate(model: nn.Module) -> float:
         device = next(model.parameters()).device
-        return float(np.mean([float(model(Example(*(part.to(device) for part in one)))) for one in examples]))
+        return float(np.mean([float(model(one.to(device))) for one in examples]))
 
     return evaluate
 
@@ -160,7 +172,7 @@ class RPFMTeacher:
 
     def __init__(self, network: RPFM, autoencoder: nn.Module, guidance: Guidance, size: tuple[int, int]) -> None:
         self.network, self.autoencoder, self.guidance = network.eval(), autoencoder.eval(), guidance
-        self.latent_shape, self.size = network.config.latent_shape, size
+        self.latent_shape, self.size, self.pose = network.config.latent_shape, size, network.pose_kind
         self.digest = ""
         self.lineage: tuple[Stage, ...] = ()
 
@@ -171,25 +183,35 @@ class RPFMTeacher:
         return self
 
     @torch.no_grad()
-    def condition(self, source: Tensor, pose: Tensor) -> dict[str, Tensor]:
-        """Pose features and source keys and values, conditional and null, each for B images."""
-        repeats = len(pose) // len(source)
-        features = encode_pose(self.network, self.autoencoder, pose)
-        source_kv = self.network.source_kv(source).repeat_interleave(repeats, dim=2)
-        nothing = torch.zeros(1, dtype=torch.bool, device=source.device)
-        null_kv = self.network.source_kv(source[:1], keep=nothing).expand_as(source_kv)
-        return {"pose": features, "source_kv": source_kv, "null_kv": null_kv}
+    def condition(self, source: Source, pose: Tensor) -> Tensors:
+        """The network's tensors of source and pose, and those of no source behind ``null_``, each for B images."""
+        count = len(pose)
+        tensors = per_target(self.network.source(source), count // len(source.latent))
+        nothing = torch.zeros(1, dtype=torch.bool, device=source.latent.device)
+        null = self.network.source(source.first(1), keep=nothing)
+        without = {NULL + name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in null.items()}
+        return tensors | encode_pose(self.network, self.autoencoder, pose, tensors) | without
 
     @torch.no_grad()
-    def velocity(self, x: Tensor, t: float, condition: dict[str, Tensor]) -> Tensor:
+    def velocity(self, x: Tensor, t: float, condition: Tensors) -> Tensor:
         """The guided velocity; one network evaluation where the guidance scale is 1, two elsewhere."""
         scale = guidance_scale(t, self.guidance.scale, self.guidance.schedule)
         time = x.new_full((len(x),), t)
-        conditional = self.network(x, time, condition["pose"], condition["source_kv"])
+        given = {name: tensor for name, tensor in condition.items() if not name.startswith(NULL)}
+        conditional = self.network(x, time, **given)
         if scale == 1.0:
             return conditional
-        null = self.network(x, time, torch.zeros_like(condition["pose"]), condition["null_kv"])
+        nothing = {
+            name: condition[NULL + name] if NULL + name in condition else torch.zeros_like(tensor)
+            for name, tensor in given.items()
+        }
+        null = self.network(x, time, **nothing)
         return null + scale * (conditional - null)
+
+
+def pose_kind(teacher: Teacher) -> PoseKind:
+    """What a teacher's ``condition`` gets: its attribute ``pose``, or skeletons."""
+    return getattr(teacher, "pose", "skeleton")
 
 
 def move(teacher: Teacher, device: torch.device | str) -> None:
@@ -270,6 +292,12 @@ def call_factory(spec: str) -> Any:
             expected="the velocity contract of distill.teacher.Teacher",
             fix="add what is missing",
         )
+    if pose_kind(teacher) not in get_args(PoseKind):
+        raise ConfigError(
+            f"teacher {spec!r} wants the pose as {pose_kind(teacher)!r}",
+            expected=f"one of {get_args(PoseKind)}",
+            fix="correct its attribute pose",
+        )
     _check_shapes(spec, teacher)
     return teacher
 
@@ -283,7 +311,9 @@ def _check_shapes(spec: str, teacher: Any) -> None:
     if shape == wanted:
         place = next((weight.device for weight in getattr(encoder, "parameters", list)()), None)
         x = torch.zeros(1, *shape, device=place)
-        found = teacher.velocity(x, 0.5, teacher.condition(x, x.new_zeros(1, 3, *size)))
+        picture, joints = x.new_zeros(1, 3, *size), x.new_zeros(1, 18, 2)
+        pose = picture if pose_kind(teacher) == "skeleton" else joints
+        found = teacher.velocity(x, 0.5, teacher.condition(Source(x, picture, joints), pose))
         if isinstance(found, Tensor) and found.shape == x.shape:
             return
         kind = list(found.shape) if isinstance(found, Tensor) else f"of the type {type(found).__name__}"

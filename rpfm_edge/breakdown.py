@@ -20,7 +20,6 @@ from rpfm_edge.errors import ArtifactError, ConfigError
 from rpfm_edge.measure import steady
 from rpfm_edge.metrics import import_extra
 from rpfm_edge.pipeline import Pipeline, engine_versions, require_engine
-from rpfm_edge.pose import check_pose, draw_skeleton
 from rpfm_edge.runtime import LayerTime
 
 SAME = ("Cast", "QuantizeLinear", "DequantizeLinear", "Identity")  # what these make is still the noise, or the state
@@ -78,7 +77,7 @@ def require_inputs(model: Any) -> None:
     inputs = sorted(tensor.name for tensor in model.graph.input)
     if not {"pose", "noise"} <= set(inputs):
         raise ArtifactError(
-            f"the graph has the inputs {inputs}", expected="pose, noise and source_kv", fix="give a frame graph"
+            f"the graph has the inputs {inputs}", expected="pose and noise", fix="give a frame graph"
         )
 
 
@@ -159,12 +158,11 @@ def _turn(
 ) -> tuple[dict[str, measure.Latency], list[LayerTime]]:
     """Times of the frame and its parts, and the profiler's layers."""
     with Pipeline.open(bundle.path, backend) as pipe:
-        person, size = pipe.prepare(source), pipe.size
-        skeleton = draw_skeleton(check_pose(pose, size), size)
-        feeds = {"pose": skeleton[None], "noise": pipe.noise, "source_kv": np.array(person.source_kv)}
+        person, drawn = pipe.prepare(source), pipe.pose_input(pose)
+        feeds = {name: np.array(array) for name, array in pipe.feeds(person, drawn).items()}
         calls: dict[str, measure.Call] = {
-            DRAWING: lambda: draw_skeleton(check_pose(pose, size), size),
-            "engine": lambda: pipe.render_skeleton(person, skeleton),
+            DRAWING: lambda: pipe.pose_input(pose),
+            "engine": lambda: pipe.render_input(person, drawn),
             "frame": lambda: pipe.render(person, pose),
         }
         timed = steady(calls, runs, warmup=2)

@@ -7,7 +7,7 @@ and nothing but a comparison tells.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,8 @@ import runtimes
 from rpfm_edge.artifact import Artifact
 from rpfm_edge.errors import ArtifactError, BackendError, ParityError
 from rpfm_edge.metrics import psnr_db
-from rpfm_edge.pose import draw_skeleton
+from rpfm_edge.pipeline import KEYPOINTS
+from rpfm_edge.pose import pose_input, pose_kind, to_graph
 from rpfm_edge.runtime import Session
 from rpfm_edge.signature import TensorSpec
 from rpfm_edge.splits import open_splits
@@ -45,8 +46,8 @@ _last: dict[tuple[Path, str], dict[str, np.ndarray]] = {}  # the graphs of a bui
 
 def record(graph: Artifact) -> dict[str, np.ndarray] | None:
     """Tensor name → array, of every input and output of the graphs of ``graph``: the first pair of the packaged sample,
-    the artifact's noise. None without ONNX Runtime, or if it refuses a graph. Floats are FP16, and the inputs that were
-    used are those rounded.
+    its keypoints where they are asked for, the artifact's noise, and the tensors that ``prepare`` makes. None without
+    ONNX Runtime, or if it refuses a graph. Floats are FP16, and the inputs that were used are those rounded.
     """
     try:
         made = _record(graph)
@@ -116,16 +117,22 @@ def check(graph: Artifact, name: str, session: Session, tensors: Tensors, engine
 
 
 def _input(graph: Artifact, spec: TensorSpec) -> np.ndarray:
-    if spec.dtype == "uint8":
-        sample, size = open_splits("sample").test, (spec.shape[1], spec.shape[2])
-        source, target = (int(index) for index in sample.pairs[0])
-        picture = (
-            sample.image(source, size) if spec.name == "source" else draw_skeleton(sample.pose(target, size), size)
-        )
-        return np.asarray(picture[None])
+    if spec.dtype == "uint8" or spec.name in ("pose", KEYPOINTS):
+        return _sample(spec, spec.shape[1:3] if spec.dtype == "uint8" else graph.config["size"])
     if spec.name == "noise" and "noise.npy" in graph.files:
         return np.asarray(np.load(graph.file("noise.npy"), allow_pickle=False))
     return np.random.default_rng(0).standard_normal(spec.shape, dtype=np.float32)
+
+
+def _sample(spec: TensorSpec, shape: Sequence[int]) -> np.ndarray:
+    """Photo, keypoints or pose, for pictures of ``shape``."""
+    sample, size = open_splits("sample").test, (int(shape[0]), int(shape[1]))
+    source, target = (int(index) for index in sample.pairs[0])
+    if spec.name == "source":
+        return np.asarray(sample.image(source, size)[None])
+    if spec.name == KEYPOINTS:
+        return to_graph(sample.pose(source, size))[None]
+    return pose_input(sample.pose(target, size), pose_kind(spec), size)
 
 
 def _compact(array: np.ndarray) -> np.ndarray:

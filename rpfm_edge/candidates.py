@@ -137,7 +137,7 @@ class Candidates:
             for row in rows:
                 pipe = opened.enter_context(Pipeline.open(row["bundle"], self.config.target))
                 person = pipe.prepare(self.pairs.sources[0])
-                calls[row["name"]] = partial(pipe.render_skeleton, person, self.pairs.skeletons[0])
+                calls[row["name"]] = partial(pipe.render_input, person, pipe.pose_input(self.pairs.poses[0]))
             return steady(calls, self.config.rounds, warmup=2)
 
     def prepare_times(self, rows: Sequence[Row]) -> dict[str, measure.Latency]:

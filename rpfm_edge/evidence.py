@@ -54,7 +54,7 @@ def judge(recipe: Recipe, teacher: str | Path, student: str, bundles: Mapping[st
     pairs, test = held_out_pairs(recipe, own.config), open_splits(recipe.data).test
     clips = open_clips(test, CLIPS, tuple(own.config["size"]), own.config["latent_shape"], recipe.seed)
     videos: dict[str, list[np.ndarray]] = {}
-    made = {in_torch: student_images(student, pairs.sources, pairs.skeletons, pairs.noise, [steps])[steps]}
+    made = {in_torch: student_images(student, *pairs.inputs, [steps])[steps]}
     for precision, bundle in opened.items():
         for backend in targets:
             made[f"{precision}, {backend}"] = bundle_images(bundle.path, backend, pairs)
@@ -65,7 +65,8 @@ def judge(recipe: Recipe, teacher: str | Path, student: str, bundles: Mapping[st
     stages += [{"stage": name, **measures} for name, measures in measured.items()] + truth_stages(pairs, clips)
     violations = Budget.from_dict(recipe.validate.budget).check(limited(measured[judged]))
     speed = measure_speed(recipe, opened, pairs.sources[0])
-    columns = {"source": pairs.sources, "pose": pairs.skeletons, "ground truth": pairs.truths, "teacher": reference}
+    skeletons = np.stack([draw_skeleton(pose, (pairs.truths.shape[1], pairs.truths.shape[2])) for pose in pairs.poses])
+    columns = {"source": pairs.sources, "pose": skeletons, "ground truth": pairs.truths, "teacher": reference}
     columns |= {name: made[name] for name in (in_torch, judged)}
     found = circumstances(pairs, clips, missing_measures(pairs, test, CLIPS))
     found |= {"stages": stages, "violations": violations, "speed": speed, "judged": judged}
@@ -119,7 +120,7 @@ def render_picture(recipe: Recipe, bundle: Path, out: Path) -> None:
     source, target = (int(i) for i in test.pairs[0])
     with Pipeline.open(bundle) as pipe:
         person = pipe.prepare(test.image(source, pipe.size))
-        save_png(out, pipe.render_skeleton(person, draw_skeleton(test.pose(target, pipe.size), pipe.size)))
+        save_png(out, pipe.render(person, test.pose(target, pipe.size)))
 
 
 def write_page(

@@ -12,7 +12,7 @@ from rpfm_edge.data import Split, read_clip
 from rpfm_edge.errors import ConfigError, InputError
 from rpfm_edge.image import load_image, resize
 from rpfm_edge.metrics import Summary, statistics
-from rpfm_edge.pose import FRAME, draw_skeleton, scale_pose
+from rpfm_edge.pose import FRAME, scale_pose
 
 # Levels of 255. JPEG alone changes a pixel that stands still by so much, beside others that move.
 UNCHANGED_LEVELS = 4
@@ -31,12 +31,13 @@ class ClipConfig:
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """A held-out person in motion: a source (H, W, 3), skeletons and the true video (n, H, W, 3), all uint8, and one
-    noise (1, C, h, w) float32 for all frames."""
+    """A held-out person in motion: a source (H, W, 3) and the true video (n, H, W, 3), both uint8, their poses (18, 2)
+    and (n, 18, 2) float32 pixels, nan where missing, and one noise (1, C, h, w) float32 for all frames."""
 
     name: str
     source: np.ndarray
-    skeletons: np.ndarray
+    source_pose: np.ndarray
+    poses: np.ndarray
     truth: np.ndarray
     noise: np.ndarray
 
@@ -58,7 +59,13 @@ def open_clips(
     rng = np.random.default_rng(seed)
     sources = {folder: source for folder in _folders(split.root) if (source := _source(split, folder.name)) is not None}
     return [
-        _open(folder, config.frames, split.image(source, size), rng.standard_normal((1, *latent_shape), np.float32))
+        _open(
+            folder,
+            config.frames,
+            split.image(source, size),
+            split.pose(source, size),
+            rng.standard_normal((1, *latent_shape), np.float32),
+        )
         for folder, source in list(sources.items())[: config.count]
     ]
 
@@ -84,7 +91,7 @@ def _source(split: Split, person: str) -> int | None:
     return split.names.index(names[0]) if names else None
 
 
-def _open(folder: Path, frames: int, source: np.ndarray, noise: np.ndarray) -> Clip:
+def _open(folder: Path, frames: int, source: np.ndarray, source_pose: np.ndarray, noise: np.ndarray) -> Clip:
     names, keypoints = read_clip(folder)
     if len(names) < 2:
         raise InputError(f"{folder} has {len(names)} frames", expected="at least 2", fix="copy the clip again")
@@ -92,7 +99,8 @@ def _open(folder: Path, frames: int, source: np.ndarray, noise: np.ndarray) -> C
     return Clip(
         name=folder.name,
         source=source,
-        skeletons=np.stack([draw_skeleton(scale_pose(pose, FRAME, size), size) for pose in keypoints[:frames]]),
+        source_pose=source_pose,
+        poses=np.stack([scale_pose(pose, FRAME, size) for pose in keypoints[:frames]]),
         truth=np.stack([resize(load_image(folder / name), size) for name in names[:frames]]),
         noise=noise,
     )

@@ -174,8 +174,7 @@ def _reference(work: _Work) -> Path:
 def _teacher_images(work: _Work, steps: int, solver: str) -> np.ndarray:
     from distill.reference import teacher_images
 
-    inputs = (work.pairs.sources, work.pairs.skeletons, work.pairs.noise)
-    images: np.ndarray = teacher_images(work.teacher, *inputs, [(steps, solver)])[steps, solver]
+    images: np.ndarray = teacher_images(work.teacher, *work.pairs.inputs, [(steps, solver)])[steps, solver]
     return images
 
 

@@ -124,7 +124,7 @@ def _measure_chunk(
             "against_truth": metrics.compare(pairs.truths, images, names),
         }
 
-    inputs, options = (pairs.sources, pairs.skeletons, pairs.noise), (config.batch, config.precision)
+    inputs, options = pairs.inputs, (config.batch, config.precision)
     reference = (REFERENCE_STEPS, REFERENCE_SOLVER)
     slow = teacher_images(teacher, *inputs, [reference, *((n, "euler") for n in STEPS)], *options)
     measured = {}

@@ -1,8 +1,13 @@
-"""What a user holds: open a bundle, prepare a person once, render a frame per pose. The same for every backend."""
+"""What a user holds: open a bundle, prepare a person once, render a frame per pose. The same for every backend.
+
+Between ``prepare`` and ``frame`` go named tensors; which they are, and which kind of pose a frame takes, say the
+signatures.
+"""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +20,42 @@ from rpfm_edge import artifact, assets
 from rpfm_edge.artifact import Artifact
 from rpfm_edge.errors import BackendError, InputError
 from rpfm_edge.image import load_image
-from rpfm_edge.pose import check_pose, draw_skeleton
+from rpfm_edge.pose import MISSING, NobodyError, PoseKind, check_pose, from_graph, pose_input, pose_kind, to_graph
 from rpfm_edge.precisions import STUDENT_ONLY
 from rpfm_edge.runtime import Runtime, Session
+from rpfm_edge.signature import Signature
 
 Image = np.ndarray  # (H, W, 3) uint8 RGB
+KEYPOINTS = "keypoints"  # the second input of a ``prepare`` that looks at the source's joints, (1, 18, 2) float32
+JOINTS, SCORES = "joints", "joint_scores"  # its outputs that tell where they are (1, 18, 2), and how surely (1, 18)
+FOUND_SCORE, LEAST_JOINTS = 0.3, 4  # a joint with such a score is found; a person has so many of them
 
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """A source image, prepared: the keys and values that every frame attends to. Valid for the bundle that made it."""
+    """A source image, prepared: all tensors that ``prepare`` made of it, by name. Valid for the bundle that made it."""
 
-    source_kv: np.ndarray
+    tensors: dict[str, np.ndarray]
     bundle_digest: str
+
+    @property
+    def joints(self) -> np.ndarray | None:
+        """(18, 2) pixels x, y of the source's joints, nan where missing; None if the bundle does not look at them."""
+        return from_graph(self.tensors[JOINTS][0]) if JOINTS in self.tensors else None
+
+
+def prepare_feeds(boundary: Signature, source: Image, keypoints: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """The inputs of ``prepare``: a picture of its size, and (18, 2) keypoints, nan where missing, if it takes any."""
+    feeds = {"source": source[None]}
+    if any(spec.name == KEYPOINTS for spec in boundary.inputs):
+        given = np.full((18, 2), MISSING, np.float32) if keypoints is None else to_graph(keypoints)
+        feeds[KEYPOINTS] = given[None]
+    return feeds
+
+
+def passed(boundary: Signature, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Those of the tensors of ``prepare`` that ``frame`` takes."""
+    return {name: tensors[name] for spec in boundary.inputs if (name := spec.name) in tensors}
 
 
 def require_engine(bundle: Artifact, backend: str) -> Runtime:
@@ -70,6 +98,7 @@ class Pipeline:
     Attributes:
         size: (height, width) of source, pose and output in pixels.
         backend: the name of the backend that runs.
+        pose_kind: what the frame graph takes, a drawn "skeleton" or "keypoints"; ``render`` makes it of keypoints.
         noise: the bundle's noise, (1, C, h, w) float32; the same noise for every frame keeps a video steady. It is in
             the form that the engine takes fastest, perhaps frozen: assign another array, do not change this one.
     """
@@ -78,6 +107,9 @@ class Pipeline:
         self.bundle, self.backend = bundle, backend
         self.size: tuple[int, int] = tuple(bundle.config["size"])
         self.noise: np.ndarray = frame.keep(np.load(bundle.file("noise.npy"), allow_pickle=False))
+        self._boundary, taken = bundle.signatures["prepare"], bundle.signatures["frame"].inputs
+        self.pose_kind: PoseKind = pose_kind(bundle.signatures["frame"].input("pose"))
+        self._taken = tuple(spec.name for spec in taken if spec.name not in ("pose", "noise"))
         self._digest = bundle.digest
         self._prepare, self._frame, self._resources = prepare, frame, resources
 
@@ -101,15 +133,37 @@ class Pipeline:
             )
             return cls(loaded, name, prepare, frame, stack.pop_all())
 
-    def prepare(self, source: str | Path | Image) -> Person:
+    def prepare(self, source: str | Path | Image, keypoints: ArrayLike | None = None) -> Person:
         """Encode a person, once per identity.
 
         Args:
             source: a file, or (H, W, 3) uint8 RGB; padded to the bundle's aspect.
+            keypoints: (18, 2) of the source, pixels x, y of ``size``, nan where missing, for a bundle that looks at
+                them. It finds those itself that are missing or not given.
+
+        Raises:
+            NobodyError: no keypoints are given, and the bundle finds nobody.
+            InputError: a picture that cannot be read, keypoints that are none, or for a bundle that takes none.
         """
-        image = load_image(source, self.size)
-        source_kv = self._prepare.run({"source": image[None]})["source_kv"]
-        return Person(self._frame.keep(source_kv), self._digest)
+        image, points = load_image(source, self.size), None
+        if keypoints is not None:
+            self._require_keypoints()
+            points = check_pose(keypoints, self.size, "keypoints")
+        outputs = self._prepare.run(prepare_feeds(self._boundary, image, points))
+        if points is None and SCORES in outputs and (outputs[SCORES] >= FOUND_SCORE).sum() < LEAST_JOINTS:
+            raise NobodyError(
+                "nobody was found in the source", expected="a person", fix="give another photo, or keypoints=…"
+            )
+        kept = {name: self._frame.keep(outputs[name]) for name in self._taken}
+        return Person(outputs | kept, self._digest)
+
+    def _require_keypoints(self) -> None:
+        if all(spec.name != KEYPOINTS for spec in self._boundary.inputs):
+            raise InputError(
+                "keypoints were given, but this bundle's prepare takes a photo alone",
+                expected="no keypoints",
+                fix="leave them out",
+            )
 
     def render(self, person: Person, pose: ArrayLike, noise: np.ndarray | None = None) -> Image:
         """One frame: the person in a pose.
@@ -122,18 +176,27 @@ class Pipeline:
         Returns:
             (H, W, 3) uint8 RGB.
         """
-        return self.render_skeleton(person, draw_skeleton(check_pose(pose, self.size), self.size), noise)
+        return self.render_input(person, self.pose_input(pose), noise)
 
-    def render_skeleton(self, person: Person, skeleton: Image, noise: np.ndarray | None = None) -> Image:
-        """As ``render``, from a drawn skeleton (H, W, 3) uint8 RGB."""
+    def pose_input(self, pose: ArrayLike) -> np.ndarray:
+        """The pose, checked, as the frame graph takes it by ``pose_kind``: (1, H, W, 3) uint8 or (1, 18, 2) float32."""
+        return pose_input(check_pose(pose, self.size), self.pose_kind, self.size)
+
+    def render_input(self, person: Person, pose: np.ndarray, noise: np.ndarray | None = None) -> Image:
+        """As ``render``, from what ``pose_input`` made."""
+        image: Image = self._frame.run(self.feeds(person, pose, noise))["image"][0]
+        return image
+
+    def feeds(self, person: Person, pose: np.ndarray, noise: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """The inputs of the frame graph for ``render_input``."""
         if not isinstance(person, Person) or person.bundle_digest != self._digest:
             given = "was prepared by another bundle" if isinstance(person, Person) else f"is a {type(person).__name__}"
             raise InputError(
                 f"the person {given}", expected="a person of this bundle's prepare", fix="prepare the source again"
             )
-        feeds = {"pose": skeleton[None], "noise": self.noise if noise is None else noise, "source_kv": person.source_kv}
-        image: Image = self._frame.run(feeds)["image"][0]
-        return image
+        feeds = {name: person.tensors[name] for name in self._taken}
+        feeds["pose"], feeds["noise"] = pose, self.noise if noise is None else noise
+        return feeds
 
     def close(self) -> None:
         """Free the engines; later calls raise ``BackendError``."""

@@ -1,23 +1,26 @@
 """Poses: 18 OpenPose keypoints in pixels x, y; drawing, checking, mirroring, reading and writing them.
 
-Inside, a missing keypoint is nan. "Left" and "right" are the person's own.
+Inside, a missing keypoint is nan; at the boundary of a graph it is ``MISSING``. "Left" and "right" are the person's own.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 from numpy.typing import ArrayLike
 
 from rpfm_edge.artifact import write_text
-from rpfm_edge.errors import InputError
+from rpfm_edge.errors import InputError, SignatureError
 from rpfm_edge.image import letterbox
+from rpfm_edge.signature import TensorSpec
 
 FRAME = (256, 176)  # the default (height, width) in pixels, DeepFashion's
+MISSING = -1e4  # both coordinates of a missing joint in a graph: finite, since not every backend keeps nan; fits FP16
+PoseKind = Literal["skeleton", "keypoints"]  # a drawn picture, or the keypoints themselves
 
 # fmt: off
 KEYPOINTS = (
@@ -101,8 +104,46 @@ def _fixed(points: np.ndarray) -> np.ndarray:
     return fixed
 
 
-def check_pose(pose: ArrayLike, size: tuple[int, int] = FRAME) -> np.ndarray:
-    """Return a pose as (18, 2) float32, or say what is wrong with it.
+def pose_kind(spec: TensorSpec) -> PoseKind:
+    """Which kind a graph's input takes: uint8 (1, H, W, 3) "skeleton", float32 (1, 18, 2) "keypoints".
+
+    Raises:
+        SignatureError: it takes neither.
+    """
+    if spec.dtype == "uint8" and len(spec.shape) == 4:
+        return "skeleton"
+    if spec.dtype == "float32" and spec.shape == (1, 18, 2):
+        return "keypoints"
+    raise SignatureError(
+        f"input {spec.name!r} is {spec}",
+        expected="uint8[1, H, W, 3], a drawn skeleton, or float32[1, 18, 2], keypoints",
+        fix="export the student again",
+    )
+
+
+def pose_input(keypoints: np.ndarray, kind: PoseKind, size: tuple[int, int] = FRAME) -> np.ndarray:
+    """What a graph takes of a pose: (1, H, W, 3) uint8, drawn, or (1, 18, 2) float32 with ``MISSING``.
+
+    Args:
+        keypoints: (18, 2) pixels x, y of ``size`` (height, width); nan where missing. Not checked.
+    """
+    return draw_skeleton(keypoints, size)[None] if kind == "skeleton" else to_graph(keypoints)[None]
+
+
+def to_graph(keypoints: np.ndarray) -> np.ndarray:
+    """(…, 18, 2) float32 keypoints with ``MISSING`` in both coordinates of a joint where one is nan."""
+    points = np.asarray(keypoints, np.float32)
+    return np.where(np.isnan(points).any(axis=-1, keepdims=True), np.float32(MISSING), points)
+
+
+def from_graph(points: np.ndarray) -> np.ndarray:
+    """The inverse of ``to_graph``: nan where missing."""
+    missing = (points <= MISSING / 2).all(axis=-1, keepdims=True)
+    return np.where(missing, np.float32(np.nan), np.asarray(points, np.float32))
+
+
+def check_pose(pose: ArrayLike, size: tuple[int, int] = FRAME, name: str = "the pose") -> np.ndarray:
+    """Return a pose, called ``name``, as (18, 2) float32, or say what is wrong with it.
 
     Args:
         pose: (18, 2) pixels x, y of ``size`` (height, width); (nan, nan) where missing. The picture reaches
@@ -111,7 +152,7 @@ def check_pose(pose: ArrayLike, size: tuple[int, int] = FRAME) -> np.ndarray:
     Raises:
         InputError: another shape, inf, half a nan, a keypoint outside the picture, no visible keypoint.
     """
-    points = _shaped(pose, "the pose")
+    points = _shaped(pose, name)
     low, high = -0.5, np.array([size[1], size[0]])
     outside = np.flatnonzero(((points < low) | (points > high)).any(axis=1))  # nan compares false
     if outside.size:
@@ -120,10 +161,10 @@ def check_pose(pose: ArrayLike, size: tuple[int, int] = FRAME) -> np.ndarray:
         raise InputError(
             f"keypoint {first} ({KEYPOINTS[first]}) lies at x {x:g}, y {y:g}, outside the picture",
             expected=f"0 ≤ x ≤ {size[1]} and 0 ≤ y ≤ {size[0]}, or nan (null in JSON) where missing",
-            fix="scale the pose to the picture, or set what lies outside to nan (null in JSON)",
+            fix=f"scale {name} to the picture, or set what lies outside to nan (null in JSON)",
         )
     if np.isnan(points).all():
-        raise InputError("the pose has no visible keypoint", expected="at least one of 18", fix="detect the pose again")
+        raise InputError(f"{name} has no visible keypoint", expected="at least one of 18", fix="detect the pose again")
     return points
 
 

@@ -20,8 +20,8 @@ from rpfm_edge.errors import ConfigError, InputError
 from rpfm_edge.flicker import Clip, ClipConfig, missing_clips, open_clips, steadiness
 from rpfm_edge.keypoints import missing_pose, pose_accuracy, scored
 from rpfm_edge.metrics import Budget, Summary
-from rpfm_edge.pipeline import Pipeline
-from rpfm_edge.pose import draw_skeleton
+from rpfm_edge.pipeline import Person, Pipeline
+from rpfm_edge.pose import pose_input
 from rpfm_edge.progress import progress
 
 CLIPS = ClipConfig()
@@ -29,23 +29,29 @@ CLIPS = ClipConfig()
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Held-out pairs with a noise for each: n sources, skeletons and ground truths (n, H, W, 3) uint8.
+    """Held-out pairs with a noise for each: n sources and ground truths (n, H, W, 3) uint8, and the keypoints of both,
+    (n, 18, 2) float32 pixels, nan where missing.
 
-    ``poses`` are what the skeletons show, (n, 18, 2) pixels; without them the accuracy of poses is not measured.
+    Bundles get the photo alone, as from a user; ``source_poses`` are for the networks in torch.
     """
 
     names: list[tuple[str, str]]
     sources: np.ndarray
-    skeletons: np.ndarray
+    source_poses: np.ndarray
+    poses: np.ndarray
     truths: np.ndarray
     noise: np.ndarray  # (n, C, h, w) float32
-    poses: np.ndarray | None = None
+
+    @property
+    def inputs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Sources, their poses, the poses asked for and noise: what ``distill.reference`` makes pictures of."""
+        return self.sources, self.source_poses, self.poses, self.noise
 
     @property
     def digest(self) -> str:
-        """sha256 over names, pictures and noise: what is rendered from these pairs depends on nothing else of them."""
+        """sha256 over names, pictures, poses and noise: what is rendered from these pairs depends on nothing else."""
         sha = hashlib.sha256(repr(self.names).encode())
-        for array in (self.sources, self.skeletons, self.truths, self.noise):
+        for array in (self.sources, self.source_poses, self.poses, self.truths, self.noise):
             sha.update(np.ascontiguousarray(array).tobytes())
         return sha.hexdigest()
 
@@ -72,14 +78,13 @@ def shuffled_pairs(split: Split, count: int, rng: np.random.Generator) -> list[t
 
 def read_pairs(split: Split, indices: Sequence[tuple[int, int]], noise: np.ndarray, size: tuple[int, int]) -> Pairs:
     """The pictures of pairs (source, target), with a noise (n, C, h, w) for each."""
-    poses = np.stack([split.pose(t, size) for _, t in indices])
     return Pairs(
         names=[(split.names[s], split.names[t]) for s, t in indices],
         sources=np.stack([split.image(s, size) for s, _ in indices]),
-        skeletons=np.stack([draw_skeleton(pose, size) for pose in poses]),
+        source_poses=np.stack([split.pose(s, size) for s, _ in indices]),
+        poses=np.stack([split.pose(t, size) for _, t in indices]),
         truths=np.stack([split.image(t, size) for _, t in indices]),
         noise=noise,
-        poses=poses,
     )
 
 
@@ -89,8 +94,7 @@ def bundle_images(bundle: str | Path, backend: str, pairs: Pairs) -> np.ndarray:
     with Pipeline.open(bundle, backend) as pipe, progress(backend, total=len(pairs.names)) as advance:
         for index in range(len(pairs.names)):
             person = pipe.prepare(pairs.sources[index])
-            noise = pairs.noise[index : index + 1]
-            images.append(pipe.render_skeleton(person, pairs.skeletons[index], noise))
+            images.append(rendered(pipe, person, pairs.poses[index], pairs.noise[index : index + 1]))
             advance(index + 1)
     return np.stack(images)
 
@@ -106,9 +110,14 @@ def bundle_videos(bundle: str | Path, backend: str, clips: Sequence[Clip]) -> li
     ):
         for clip in clips:
             person = pipe.prepare(clip.source)
-            videos.append(np.stack([pipe.render_skeleton(person, pose, clip.noise) for pose in clip.skeletons]))
+            videos.append(np.stack([rendered(pipe, person, pose, clip.noise) for pose in clip.poses]))
             advance(sum(len(video) for video in videos))
     return videos
+
+
+def rendered(pipe: Pipeline, person: Person, pose: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """A frame of an annotated pose, which may reach out of the picture, or show nobody in a clip."""
+    return pipe.render_input(person, pose_input(pose, pipe.pose_kind, pipe.size), noise)
 
 
 def teacher_videos(teacher: str | Path, clips: Sequence[Clip]) -> list[np.ndarray]:
@@ -117,8 +126,9 @@ def teacher_videos(teacher: str | Path, clips: Sequence[Clip]) -> list[np.ndarra
 
     reference, videos = (REFERENCE_STEPS, REFERENCE_SOLVER), []
     for clip in clips:
-        source, noise = (np.repeat(a, len(clip.truth), axis=0) for a in (clip.source[None], clip.noise))
-        videos.append(teacher_images(teacher, source, clip.skeletons, noise, [reference])[reference])
+        given = (clip.source[None], clip.source_pose[None], clip.noise)
+        source, source_pose, noise = (np.repeat(array, len(clip.truth), axis=0) for array in given)
+        videos.append(teacher_images(teacher, source, source_pose, clip.poses, noise, [reference])[reference])
     return videos
 
 
@@ -150,7 +160,7 @@ def teacher_stages(
     from distill.reference import REFERENCE_SOLVER, REFERENCE_STEPS, teacher_images
 
     reference, few = (REFERENCE_STEPS, REFERENCE_SOLVER), (steps, "euler")
-    made = teacher_images(teacher, pairs.sources, pairs.skeletons, pairs.noise, {reference, few})
+    made = teacher_images(teacher, *pairs.inputs, {reference, few})
     whole = {"against_truth": metrics.compare(pairs.truths, made[reference])}
     whole |= pose_accuracy(made[reference], pairs.poses) | steadiness(teacher_videos(teacher, clips), clips)
     return made[reference], [
@@ -184,7 +194,7 @@ def circumstances(pairs: Pairs, clips: Sequence[Clip] = (), missing: Mapping[str
 def missing_measures(pairs: Pairs, split: Split, filmed: ClipConfig) -> dict[str, str]:
     """Which of ``pck`` and ``flicker`` cannot be measured here, and why."""
     reasons = {"pck": missing_pose(), "flicker": missing_clips(split, filmed)}
-    if pairs.poses is None or not scored(pairs.poses, (pairs.truths.shape[1], pairs.truths.shape[2])).any():
+    if not scored(pairs.poses, (pairs.truths.shape[1], pairs.truths.shape[2])).any():
         reasons["pck"] = "no pose has neck and hip"
     return {name: reason for name, reason in reasons.items() if reason}
 

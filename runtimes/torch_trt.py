@@ -31,7 +31,7 @@ DEFAULTS = {
     "workspace_mib": 0,  # 0: as the library likes
     "optimization_level": 3,
     "cuda_graph": True,
-    "identities": 8,  # whose keys and values stay on the GPU
+    "identities": 8,  # whose tensors stay on the GPU
 }
 CHOICES = {"precision": ("fp32", "fp16"), "optimization_level": range(6)}
 RUN_ONLY = ("cuda_graph", "identities")

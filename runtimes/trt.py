@@ -37,10 +37,11 @@ DEFAULTS = {
     "version_compatible": False,
     "hardware_compatible": "no",
     "cuda_graph": True,
-    "identities": 8,  # whose keys and values stay on the GPU
+    "identities": 8,  # whose tensors stay on the GPU
     "rebuild": True,  # an engine of another GPU, driver or version, from the bundle's graph into the user's cache
 }
 NOISE = 1  # the bundle's, which stays on the GPU beside the identities
+FREE = ("pose", "noise")  # inputs of a frame that belong to no identity
 CHOICES = {
     "library": ("auto", *LIBRARIES),
     "device": ("GPU", "DLA"),
@@ -97,9 +98,9 @@ def open(engine: Path, signature: Signature, options: Mapping[str, Any]) -> Iter
     with ExitStack() as resources:
         loaded = _deserialize(library, plan, engine, resources, bool(record["options"].get("version_compatible")))
         require_signature(engine / trt_store.PLAN, _signature(library, loaded), signature)
-        session = TensorRTSession(
-            library, loaded, signature, resources, max(option["identities"], 1) + NOISE, option["cuda_graph"]
-        )
+        prepared = max(len(signature.inputs) - len(FREE), 1)  # tensors of an identity
+        kept = max(option["identities"], 1) * prepared + NOISE
+        session = TensorRTSession(library, loaded, signature, resources, kept, option["cuda_graph"])
         try:
             yield session
         finally:

@@ -20,9 +20,10 @@ from rpfm_edge.errors import ConfigError, RpfmError
 from rpfm_edge.live.messages import Pose
 from rpfm_edge.live.policy import Level, Smoother, StillFilter, next_level
 from rpfm_edge.pipeline import Person, Pipeline
-from rpfm_edge.pose import draw_skeleton
+from rpfm_edge.pose import pose_input
 
 STAGES = ("pose_in", "drawn", "rendered", "encoded", "sent")
+_NOBODY = np.full((18, 2), np.nan, np.float32)
 
 
 def now_ms() -> float:
@@ -109,9 +110,8 @@ class Renderer:
 
     def start(self) -> None:
         """Warm the engines up, and begin to draw."""
-        skeleton = np.zeros((*self.size, 3), np.uint8)
         for pipeline, person in zip(self._pipelines, self._people, strict=True):
-            pipeline.render_skeleton(person, skeleton)
+            pipeline.render_input(person, pose_input(_NOBODY, pipeline.pose_kind, self.size))
         self._thread.start()
 
     def close(self) -> None:
@@ -191,9 +191,10 @@ class Renderer:
 
     def _rendered(self, pose: Pose, points: np.ndarray) -> Frame:
         index = self._index()
-        skeleton = draw_skeleton(points, self.size)
+        pipeline = self._pipelines[index]
+        given = pose_input(points, pipeline.pose_kind, self.size)
         drawn = now_ms()
-        image = self._pipelines[index].render_skeleton(self._people[index], skeleton)
+        image = pipeline.render_input(self._people[index], given)
         done = now_ms()
         self.counters.rendered += 1
         self._still.drew(points)

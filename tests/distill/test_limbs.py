@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.limbs import MISSING, PARTS, Joints, complete, limb_map
+from distill.limbs import PARTS, Joints, complete, limb_map
 from rpfm_edge.data import open_split, sample_root
+from rpfm_edge.pose import MISSING
 
 HEIGHT = 256
 
