@@ -80,24 +80,14 @@ def random_student(name: str, size: tuple[int, int]) -> Student:
 
 
 class BatchFrame(nn.Module):
-    """``Frame`` for several poses of one person: (B, H, W, 3) skeletons and (B, C, h, w) noise, one person's keys."""
+    """``Frame`` for several poses of one person: (B, H, W, 3) skeletons, (B, C, h, w) noise, one person's tensors."""
 
     def __init__(self, student: Student, steps: int, batch: int) -> None:
         super().__init__()
         self.frame, self.batch = Frame(student, steps), batch
 
-    def forward(self, pose: Tensor, noise: Tensor, source_kv: Tensor) -> tuple[Tensor, Tensor]:
-        return self.frame(pose, noise, _Shared(source_kv, self.batch))
-
-
-class _Shared:
-    """Keys and values that ``Frame`` unsqueezes at its batch axis, repeated over the batch there."""
-
-    def __init__(self, tensor: Tensor, batch: int) -> None:
-        self.tensor, self.batch = tensor, batch
-
-    def unsqueeze(self, axis: int) -> Tensor:
-        return self.tensor.unsqueeze(axis).expand(-1, -1, self.batch, -1, -1, -1)
+    def forward(self, pose: Tensor, noise: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return self.frame(pose, noise, *(tensor.expand(self.batch, *tensor.shape[1:]) for tensor in tensors))
 
 
 def make_graph(name: str, case: Case, path: Path) -> None:
@@ -106,7 +96,8 @@ def make_graph(name: str, case: Case, path: Path) -> None:
     single = signatures(student, case.size)
     noise = np.random.default_rng(0).standard_normal(single["frame"].input("noise").shape, dtype=np.float32)
     feeds = example_feeds(student, single, noise)["frame"]
-    batched = {key: np.repeat(value, case.batch, 0) if key != "source_kv" else value for key, value in feeds.items()}
+    own = ("pose", "noise")  # of each frame
+    batched = {key: np.repeat(value, case.batch, 0) if key in own else value for key, value in feeds.items()}
     boundary = Signature(
         tuple(replace(spec, shape=batched[spec.name].shape) for spec in single["frame"].inputs),
         tuple(replace(spec, shape=(case.batch, *spec.shape[1:])) for spec in single["frame"].outputs),

@@ -19,7 +19,6 @@ from rpfm_edge import artifact, device_state, measure
 from rpfm_edge.errors import BackendError
 from rpfm_edge.measure import Latency, steady
 from rpfm_edge.pipeline import Person, Pipeline
-from rpfm_edge.pose import draw_skeleton
 from rpfm_edge.splits import open_splits
 from runtimes import ov
 
@@ -123,15 +122,15 @@ def bare_engine(bundle: Path, feeds: dict[str, np.ndarray]) -> tuple[Callable[[]
 
 
 def test_python_around_the_engine(benchmark: Any, conclude: Any, bundles: dict[str, Path], chosen: Any) -> None:
-    """``Pipeline.render`` against the bare engine, in turns; in between, without the drawing of the skeleton."""
+    """``Pipeline.render`` against the bare engine, in turns; in between, without the drawing of the pose."""
     with ExitStack() as stack:
         pipe, person, pose = opened(stack, bundles["int8"], "openvino", chosen.data)
-        skeleton = draw_skeleton(pose, pipe.size)
-        feeds = {"pose": skeleton[None], "noise": pipe.noise, "source_kv": person.source_kv}
+        drawn = pipe.pose_input(pose)
+        feeds = pipe.feeds(person, drawn)
         bare, image = bare_engine(bundles["int8"], feeds)
         calls = {
             "bare engine": bare,
-            "Pipeline.render_skeleton": lambda: pipe.render_skeleton(person, skeleton),
+            "Pipeline.render_input": lambda: pipe.render_input(person, drawn),
             "Pipeline.render": lambda: pipe.render(person, pose),
         }
         times = benchmark.pedantic(steady, (calls, chosen.rounds, WARMUP), rounds=1)

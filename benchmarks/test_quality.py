@@ -28,10 +28,9 @@ def measured(chosen: Any) -> Summaries:
     student, loaded = load_student(chosen.student)
     size, latent_shape = tuple(loaded.config["size"]), student.network.config.latent_shape
     pairs = draw_pairs(open_splits(chosen.data).test, chosen.pairs, size, latent_shape, SEED)
-    inputs = (pairs.sources, pairs.skeletons, pairs.noise)
     reference = (REFERENCE_STEPS, REFERENCE_SOLVER)
-    slow = teacher_images(chosen.teacher, *inputs, [reference, *((steps, "euler") for steps in STEPS)])
-    fast = student_images(chosen.student, *inputs, STEPS)
+    slow = teacher_images(chosen.teacher, *pairs.inputs, [reference, *((steps, "euler") for steps in STEPS)])
+    fast = student_images(chosen.student, *pairs.inputs, STEPS)
     return {
         steps: {
             "teacher": compare(slow[reference], slow[steps, "euler"]),

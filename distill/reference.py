@@ -80,9 +80,7 @@ class _Pairs(NamedTuple):
     noise: np.ndarray
 
 
-def _batches(
-    pairs: _Pairs, title: str, kind: PoseKind, batch: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def _batches(pairs: _Pairs, title: str, kind: PoseKind, batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Sources, their joints, poses of a kind and noise as the networks want them, on their device."""
     device, size = PartialState().device, (pairs.sources.shape[1], pairs.sources.shape[2])
     with progress(title, total=len(pairs.sources)) as advance:

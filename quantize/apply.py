@@ -26,6 +26,8 @@ from rpfm_edge import artifact
 from rpfm_edge.artifact import Artifact, Stage, tool_versions
 from rpfm_edge.errors import ArtifactError, ConfigError, ParityError
 from rpfm_edge.metrics import psnr_db
+from rpfm_edge.pipeline import passed, prepare_feeds
+from rpfm_edge.pose import pose_kind
 from rpfm_edge.precisions import CALIBRATED, Precision
 from rpfm_edge.signature import Feeds
 
@@ -166,11 +168,12 @@ def _check(graph: Artifact, folder: Path, samples: Samples | None, precision: st
     exact, ours = ({name: Graph(where / f"{name}.onnx") for name in GRAPHS} for where in (graph.path, folder))
     worst = float("inf")
     for source, rest in _trials(graph, samples):
-        known, source_kv = (graphs["prepare"](source) for graphs in (exact, ours))
-        if not np.isfinite(source_kv).all():
+        known, found = (graphs["prepare"].named(source) for graphs in (exact, ours))
+        if not all(np.isfinite(tensor).all() for tensor in found.values()):
             raise _refused(precision, "gives values that are not finite", "finite ones")
         expected, image = (
-            graphs["frame"]({**rest, "source_kv": kv})[0] for graphs, kv in ((exact, known), (ours, source_kv))
+            graphs["frame"]({**rest, **passed(graph.signatures["frame"], tensors)})[0]
+            for graphs, tensors in ((exact, known), (ours, found))
         )
         worst = min(worst, psnr_db(expected, image))
     if not worst >= FLOORS[precision]:
@@ -184,14 +187,16 @@ def _refused(precision: str, problem: str, expected: str) -> ParityError:
 
 
 def _trials(graph: Artifact, samples: Samples | None) -> Iterator[tuple[Feeds, Feeds]]:
-    """Two pairs of feeds, of prepare and of frame without its keys and values."""
+    """Two pairs of feeds, of prepare and of frame without what prepare makes."""
+    boundary = graph.signatures["prepare"]
     for place in (0, -1):
         if samples:
             pose, noise = samples.pose[place], samples.noise[place]
             source = samples.source[samples.index[place]]
         else:
-            rng = np.random.default_rng(-place)
-            shape = graph.signatures["prepare"].inputs[0].shape[1:]
+            rng, shape = np.random.default_rng(-place), boundary.input("source").shape[1:]
             source, pose = (rng.integers(0, 256, shape, dtype=np.uint8) for _ in range(2))
+            if pose_kind(graph.signatures["frame"].input("pose")) == "keypoints":
+                pose = (rng.random((18, 2)) * [shape[1], shape[0]]).astype(np.float32)
             noise = np.load(graph.file("noise.npy"), allow_pickle=False)[0]
-        yield {"source": source[None]}, {"pose": pose[None], "noise": noise[None]}
+        yield prepare_feeds(boundary, source), {"pose": pose[None], "noise": noise[None]}

@@ -19,12 +19,13 @@ from quantize.execute import Graph
 from rpfm_edge.artifact import Artifact, file_digest, write_bytes
 from rpfm_edge.data import Split
 from rpfm_edge.errors import ArtifactError, ConfigError, InputError
-from rpfm_edge.pose import draw_skeleton
+from rpfm_edge.pipeline import KEYPOINTS, passed, prepare_feeds
+from rpfm_edge.pose import pose_input, pose_kind
 from rpfm_edge.precisions import LEAST_SAMPLES
 from rpfm_edge.progress import progress
 from rpfm_edge.signature import Feeds
 
-TENSORS = ("source", "source_kv", "index", "pose", "noise")
+TENSORS = ("source", "index", "pose", "noise")  # and by their own names those that prepare makes
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -33,29 +34,34 @@ class Samples:
 
     Attributes:
         source: (S, H, W, 3) uint8.
-        source_kv: (S, layers, 2, heads, tokens, head width) float32, of the float prepare graph.
+        tensors: those of the float prepare graph that the frame takes, float32, by name: S of each.
         index: (N,) int64, the source of each sample.
-        pose: (N, H, W, 3) uint8 skeletons.
+        pose: in the frame's own kind, (N, H, W, 3) uint8 skeletons or (N, 18, 2) float32 keypoints.
         noise: (N, C, h, w) float32.
+        keypoints: (S, 18, 2) float32 where the prepare graph takes any; all missing, since a user gives a photo alone.
         facts: seed, count, digest of the graph, names of the pictures of sources and poses.
         sha256: of the file.
     """
 
     source: np.ndarray
-    source_kv: np.ndarray
+    tensors: dict[str, np.ndarray]
     index: np.ndarray
     pose: np.ndarray
     noise: np.ndarray
     facts: dict[str, Any]
     sha256: str
+    keypoints: np.ndarray | None = None
 
     def feeds(self, graph: str) -> Iterator[Feeds]:
         """The inputs of graph "prepare" (one per source) or "frame" (one per sample)."""
         if graph == "prepare":
-            yield from ({"source": source[None]} for source in self.source)
+            for place, source in enumerate(self.source):
+                feeds = {"source": source[None]}
+                yield feeds if self.keypoints is None else {**feeds, KEYPOINTS: self.keypoints[place][None]}
         else:
             for pose, noise, source in zip(self.pose, self.noise, self.index, strict=True):
-                yield {"pose": pose[None], "noise": noise[None], "source_kv": self.source_kv[source]}
+                prepared = {name: tensor[source] for name, tensor in self.tensors.items()}
+                yield {"pose": pose[None], "noise": noise[None], **prepared}
 
     def check(self, graph: Artifact) -> None:
         """Raise ``ArtifactError`` unless they were recorded with ``graph``, ``SignatureError`` unless they fit it."""
@@ -96,17 +102,18 @@ def record(graph: Artifact, split: Split, out: Path, count: int = 64, seed: int 
             fix="use a larger data set",
         )
     boundary = graph.signatures["frame"]
-    height, width = boundary.input("pose").shape[1:3]
+    height, width = graph.signatures["prepare"].input("source").shape[1:3]
+    size, kind = (height, width), pose_kind(boundary.input("pose"))
     chosen, index = np.unique(pairs[:, 0], return_inverse=True)
-    source = split.images(chosen, (height, width))
-    pose = np.stack([draw_skeleton(split.pose(i, (height, width)), (height, width)) for i in pairs[:, 1]])
+    source = split.images(chosen, size)
+    pose = np.concatenate([pose_input(split.pose(i, size), kind, size) for i in pairs[:, 1]])
     source_names, pose_names = ([split.names[i] for i in indices] for indices in (chosen, pairs[:, 1]))
     _require_contents("picture", source, source_names)
     _require_contents("pose", pose, pose_names)
     noise = rng.standard_normal((len(pairs), *boundary.input("noise").shape[1:]), dtype=np.float32)
     facts = {"seed": seed, "count": len(pairs), "graph": graph.digest, "sources": source_names, "poses": pose_names}
-    arrays = (source, _source_kv(graph, source), index.astype(np.int64), pose, noise)
-    _write(out, dict(zip(TENSORS, arrays, strict=True)), facts)
+    arrays: dict[str, np.ndarray] = dict(zip(TENSORS, (source, index.astype(np.int64), pose, noise), strict=True))
+    _write(out, arrays | _prepared(graph, source), facts)
     return out
 
 
@@ -115,14 +122,16 @@ def load(path: Path) -> Samples:
     try:
         with safe_open(path, framework="numpy") as file:
             facts = json.loads(file.metadata()["facts"])
-            arrays = {name: file.get_tensor(name) for name in TENSORS}
+            arrays = {name: file.get_tensor(name) for name in (*TENSORS, *file.keys())}
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
         raise ArtifactError(
             f"{path} cannot be read ({str(error) or type(error).__name__})",
             expected="calibration samples",
             fix="record them again",
         ) from None
-    return Samples(**arrays, facts=facts, sha256=file_digest(path))
+    given = {name: arrays.pop(name) for name in TENSORS}
+    keypoints = arrays.pop(KEYPOINTS, None)
+    return Samples(**given, tensors=arrays, facts=facts, sha256=file_digest(path), keypoints=keypoints)
 
 
 def spread_pairs(split: Split, rng: np.random.Generator) -> np.ndarray:
@@ -145,9 +154,10 @@ def _occurrence(values: np.ndarray) -> np.ndarray:
 
 
 def _require_contents(what: str, images: np.ndarray, names: Sequence[str]) -> None:
-    """Raise ``InputError`` for an image of one colour, or if several are all the same: that calibrates nothing."""
+    """Raise ``InputError`` for an image of one colour (or a pose of one point), or if several are all the same: that
+    calibrates nothing."""
     for image, name in zip(images, names, strict=True):
-        if (image == image[0, 0]).all():
+        if (image == image[(0,) * (image.ndim - 1)]).all():
             raise InputError(f"{what} {name} is blank", expected="a person", fix="remove it from the data set")
     if len(images) > 1 and (images == images[0]).all():
         raise InputError(
@@ -155,17 +165,21 @@ def _require_contents(what: str, images: np.ndarray, names: Sequence[str]) -> No
         )
 
 
-def _source_kv(graph: Artifact, sources: np.ndarray) -> np.ndarray:
-    """(S, …) float32 keys and values; one thread, so that the sums do not depend on the machine's load."""
+def _prepared(graph: Artifact, sources: np.ndarray) -> dict[str, np.ndarray]:
+    """S of each tensor that a frame takes, float32, and of the keypoints where prepare takes them; one thread, so that
+    the sums do not depend on the machine's load."""
     prepare, boundary = Graph(graph.file("prepare.onnx"), threads=1), graph.signatures["prepare"]
-    result = np.empty((len(sources), *boundary.outputs[0].shape), np.float32)
+    found: dict[str, list[np.ndarray]] = {}
     with progress("preparing sources", len(sources)) as advance:
         for done, source in enumerate(sources):
-            feeds = {"source": source[None]}
+            feeds = prepare_feeds(boundary, source)
             boundary.check(feeds)
-            result[done] = prepare(feeds)
+            given = {name: array[0] for name, array in feeds.items() if name == KEYPOINTS}
+            for name, array in (passed(graph.signatures["frame"], prepare.named(feeds)) | given).items():
+                found.setdefault(name, []).append(array)
             advance(done + 1, "")
-    if not np.isfinite(result).all():
+    result = {name: np.stack(arrays) for name, arrays in found.items()}
+    if not all(np.isfinite(array).all() for array in result.values()):
         raise ArtifactError(
             f"{graph.path} turns sources into values that are not finite",
             expected="a sound student",

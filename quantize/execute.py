@@ -30,3 +30,7 @@ class Graph:
         """Every output, in the graph's order."""
         outputs: list[np.ndarray] = self._session.run(None, dict(feeds))
         return outputs
+
+    def named(self, feeds: Feeds) -> dict[str, np.ndarray]:
+        """Every output, by name."""
+        return dict(zip((output.name for output in self._session.get_outputs()), self.all(feeds), strict=True))

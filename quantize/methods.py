@@ -75,7 +75,8 @@ def _part(samples: Samples, mask: np.ndarray) -> Samples:
     return replace(
         samples,
         source=samples.source[used],
-        source_kv=samples.source_kv[used],
+        tensors={name: tensor[used] for name, tensor in samples.tensors.items()},
+        keypoints=None if samples.keypoints is None else samples.keypoints[used],
         index=index.astype(np.int64),
         pose=samples.pose[mask],
         noise=samples.noise[mask],
@@ -90,11 +91,11 @@ def pictures(prepare: onnx.ModelProto | Path, frame: onnx.ModelProto | Path, sam
 
 
 def _frame_feeds(prepare: onnx.ModelProto | Path, samples: Samples) -> Iterator[Feeds]:
-    """The inputs of a frame, with the keys and values that ``prepare`` makes of the sources."""
+    """The inputs of a frame, with the tensors that ``prepare`` makes of the sources."""
     graph = Graph(prepare)
-    source_kv = [graph(feeds) for feeds in samples.feeds("prepare")]
+    prepared = [graph.named(feeds) for feeds in samples.feeds("prepare")]
     for feeds, source in zip(samples.feeds("frame"), samples.index, strict=True):
-        yield {**feeds, "source_kv": source_kv[source]}
+        yield {**feeds, **{name: prepared[source][name] for name in samples.tensors}}
 
 
 def sweep(

@@ -21,6 +21,8 @@ from quantize.sensitivity import Effect, Probe, sensitivity
 from quantize.units import Unit, chosen, matching, units
 from rpfm_edge.artifact import Artifact, json_digest, write_text
 from rpfm_edge.data import Split
+from rpfm_edge.pipeline import passed, prepare_feeds
+from rpfm_edge.pose import pose_input, pose_kind
 from rpfm_edge.signature import Feeds
 from rpfm_edge.stages import Stages
 
@@ -116,14 +118,15 @@ class Study:
 
     def _feeds(self, prepare: onnx.ModelProto) -> list[Feeds]:
         graph, pairs = Graph(prepare), self._pairs
-        places = [slice(i, i + 1) for i in range(min(self.config.probes, len(pairs.names)))]
+        before, boundary = (self.graph.signatures[name] for name in ("prepare", "frame"))
+        kind, size = pose_kind(boundary.input("pose")), (pairs.sources.shape[1], pairs.sources.shape[2])
         return [
             {
-                "pose": pairs.skeletons[place],
-                "noise": pairs.noise[place],
-                "source_kv": graph({"source": pairs.sources[place]}),
+                "pose": pose_input(pairs.poses[i], kind, size),
+                "noise": pairs.noise[i : i + 1],
+                **passed(boundary, graph.named(prepare_feeds(before, pairs.sources[i]))),
             }
-            for place in places
+            for i in range(min(self.config.probes, len(pairs.names)))
         ]
 
     def _error(self, estimator: Estimator) -> float:

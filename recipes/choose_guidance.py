@@ -31,7 +31,7 @@ def measured(spec: str, data: str, count: int, steps: int, scales: Sequence[floa
     table, given, budget = Table("scale", "PSNR dB", "SSIM", "FLIP", title=title), teacher.guidance, (steps, "heun")
     for scale in scales:
         teacher.guidance = replace(given, scale=scale)
-        made = teacher_images(teacher, pairs.sources, pairs.skeletons, pairs.noise, [budget])[budget]
+        made = teacher_images(teacher, *pairs.inputs, [budget])[budget]
         found = metrics.compare(pairs.truths, made)
         table.add_row(f"{scale:g}", *(f"{found[name]['mean']:.4g}" for name in ("psnr_db", "ssim", "flip")))
     return table

@@ -87,7 +87,8 @@ def naive(graph: Artifact, samples: Path, out: Path) -> Path:
             data = nncf.Dataset(list(recorded.feeds(name)), dict)
             onnx.save(nncf.quantize(onnx.load(graph.file(f"{name}.onnx")), data), folder / f"{name}.onnx")
         (folder / "noise.npy").write_bytes(graph.file("noise.npy").read_bytes())
-        kept = {key: graph.config[key] for key in ("steps", "size", "latent_shape")}
+        names = ("steps", "size", "latent_shape", "pose")  # older graphs do not say the pose
+        kept = {key: graph.config[key] for key in names if key in graph.config}
         artifact.seal(folder, "graph", kept | {"precision": "int8"}, graph.signatures, graph.lineage)
     return out
 
@@ -98,7 +99,7 @@ def frame_times(bundles: dict[str, Artifact], pairs: Pairs, rounds: int) -> dict
         calls: dict[str, Callable[[], object]] = {}
         for name, made in bundles.items():
             pipe = opened.enter_context(Pipeline.open(made.path, BACKEND))
-            calls[name] = partial(pipe.render_skeleton, pipe.prepare(pairs.sources[0]), pairs.skeletons[0])
+            calls[name] = partial(pipe.render_input, pipe.prepare(pairs.sources[0]), pipe.pose_input(pairs.poses[0]))
         return steady(calls, rounds, warmup=3)
 
 

@@ -76,9 +76,7 @@ def require_inputs(model: Any) -> None:
     """Raise ``ArtifactError`` unless the graph has a pose and a noise."""
     inputs = sorted(tensor.name for tensor in model.graph.input)
     if not {"pose", "noise"} <= set(inputs):
-        raise ArtifactError(
-            f"the graph has the inputs {inputs}", expected="pose and noise", fix="give a frame graph"
-        )
+        raise ArtifactError(f"the graph has the inputs {inputs}", expected="pose and noise", fix="give a frame graph")
 
 
 def is_update(node: Any, reach: Mapping[str, set[str]], states: set[str]) -> bool:

@@ -1,6 +1,6 @@
 """Poses: 18 OpenPose keypoints in pixels x, y; drawing, checking, mirroring, reading and writing them.
 
-Inside, a missing keypoint is nan; at the boundary of a graph it is ``MISSING``. "Left" and "right" are the person's own.
+A missing keypoint is nan, and ``MISSING`` at the boundary of a graph. "Left" and "right" are the person's own.
 """
 
 from __future__ import annotations

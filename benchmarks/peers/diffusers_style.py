@@ -10,8 +10,8 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
+from distill.condition import Source, Tensors, encode_pose
 from distill.student import Student
-from distill.teacher import encode_pose
 
 
 class PoseTransferPipeline(DiffusionPipeline):
@@ -27,9 +27,11 @@ class PoseTransferPipeline(DiffusionPipeline):
         self.image_processor = VaeImageProcessor(vae_scale_factor=vae.factor)
 
     @torch.no_grad()
-    def encode_source(self, image: np.ndarray) -> Tensor:
+    def encode_source(self, image: np.ndarray) -> Tensors:
         """(H, W, 3) uint8 → keys and values of every layer."""
-        return self.network.source_kv(self.vae.encode(self._pixels(image)))
+        pixels = self._pixels(image)
+        nobody = pixels.new_full((1, 18, 2), float("nan"))
+        return self.network.source(Source(self.vae.encode(pixels), pixels, nobody))
 
     @torch.no_grad()
     def __call__(
@@ -37,18 +39,18 @@ class PoseTransferPipeline(DiffusionPipeline):
         pose: np.ndarray,
         latents: Tensor,
         image: np.ndarray | None = None,
-        source_kv: Tensor | None = None,
+        source: Tensors | None = None,
         num_inference_steps: int = 1,
     ) -> np.ndarray:
         """(H, W, 3) uint8 skeleton → (1, H, W, 3) uint8."""
-        source_kv = self.encode_source(image) if source_kv is None else source_kv
-        features = encode_pose(self.network, self.vae, self._pixels(pose))
+        tensors = self.encode_source(image) if source is None else source
+        tensors = tensors | encode_pose(self.network, self.vae, self._pixels(pose), tensors)
         self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_inference_steps, num_inference_steps))
         with self.progress_bar(total=num_inference_steps) as bar:
             for timestep in self.scheduler.timesteps:
                 time = 1 - timestep.expand(len(latents)) / self.scheduler.config.num_train_timesteps
                 size = torch.full_like(time, 1 / num_inference_steps) if self.network.step is not None else None
-                velocity = self.network(latents, time, features, source_kv, size)
+                velocity = self.network(latents, time, size, **tensors)
                 latents = self.scheduler.step(-velocity, timestep, latents, return_dict=False)[0]
                 bar.update()
         decoded = self.image_processor.postprocess(self.vae.decode(latents), output_type="np")

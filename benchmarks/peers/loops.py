@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from distill.condition import encode_pose, encoded
 from distill.export import modules, to_float
 from distill.student import load_student
-from distill.teacher import encode_pose, load_teacher, sample_teacher
+from distill.teacher import load_teacher, sample_teacher
 from rpfm_edge import artifact
 from rpfm_edge.errors import BackendError
 from rpfm_edge.image import from_model, to_model
@@ -55,14 +55,16 @@ class Subject:
         return pipe, pipe.prepare(self.person)
 
     def feeds(self, precision: str, backend: str) -> dict[str, np.ndarray]:
-        """Noise, and the keys and values that the backend itself computed."""
+        """Noise, and the person's tensors that the backend itself computed."""
         with Pipeline.open(self.bundles[precision], backend) as pipe:
-            return {"noise": pipe.noise, "source_kv": np.array(pipe.prepare(self.person).source_kv)}
+            feeds = pipe.feeds(pipe.prepare(self.person), np.empty(0))
+            return {name: np.array(array) for name, array in feeds.items() if name != "pose"}
 
 
 def ours(precision: str, backend: str, subject: Subject) -> Draw:
-    """``Pipeline.render_skeleton``: what ``Pipeline.render`` does once the skeleton is drawn."""
-    return partial(Pipeline.render_skeleton, *subject.opened(precision, backend))
+    """``Pipeline.render_input``: what ``Pipeline.render`` does once the skeleton is drawn."""
+    pipe, person = subject.opened(precision, backend)
+    return lambda skeleton: pipe.render_input(person, skeleton[None])
 
 
 def openvino_loop(precision: str, subject: Subject) -> Draw:
@@ -101,9 +103,12 @@ def onnxruntime_loop(precision: str, subject: Subject) -> Draw:
 
 
 def _torch_frame(subject: Subject, device: str = "cpu") -> tuple[nn.Module, list[torch.Tensor]]:
-    """The frame of the float student as a module, and its noise and keys and values."""
-    feeds = subject.feeds("fp32", "torch")
-    rest = [torch.from_numpy(np.array(feeds[name])).to(device) for name in ("noise", "source_kv")]
+    """The frame of the float student as a module, and its noise and the person's tensors, in the module's order."""
+    feeds, boundary = (
+        subject.feeds("fp32", "torch"),
+        artifact.load(subject.bundles["fp32"], "bundle").signatures["frame"],
+    )
+    rest = [torch.from_numpy(feeds[spec.name]).to(device) for spec in boundary.inputs[1:]]
     return modules(subject.student)["frame"].to(device).requires_grad_(False), rest
 
 
@@ -176,7 +181,7 @@ def diffusers_pipeline(encode_every_time: bool, subject: Subject) -> Draw:
     student, loaded = load_student(subject.student)
     noise = torch.from_numpy(np.load(subject.bundles["fp32"] / "noise.npy"))
     pipe = make_pipeline(student.eval().requires_grad_(False))
-    source = {"image": subject.person} if encode_every_time else {"source_kv": pipe.encode_source(subject.person)}
+    source = {"image": subject.person} if encode_every_time else {"source": pipe.encode_source(subject.person)}
     steps = int(loaded.config["steps"])
     return lambda skeleton: pipe(pose=skeleton, latents=noise, num_inference_steps=steps, **source)[0]
 
@@ -186,14 +191,15 @@ def teacher(steps: int, subject: Subject) -> Draw:
     model = load_teacher(subject.teacher)
     noise = torch.from_numpy(np.load(subject.bundles["fp32"] / "noise.npy"))
     with torch.inference_mode():
-        source = model.autoencoder.encode(torch.from_numpy(to_model(subject.person[None])))
-        known = model.condition(source, torch.zeros(1, 3, *subject.person.shape[:2]))
+        pixels = torch.from_numpy(to_model(subject.person[None]))
+        source = encoded(model.autoencoder, pixels, torch.full((1, 18, 2), float("nan")))
+        known = model.condition(source, torch.zeros_like(pixels))
 
     @torch.inference_mode()
     def draw(skeleton: np.ndarray) -> np.ndarray:
         pose = to_float(torch.from_numpy(skeleton)[None])
-        features = encode_pose(model.network, model.autoencoder, pose)  # type: ignore[attr-defined]
-        latent = sample_teacher(model, noise, known | {"pose": features}, steps)
-        return from_model(model.autoencoder.decode(latent).numpy())[0]
+        posed = known | encode_pose(model.network, model.autoencoder, pose, known)  # type: ignore[attr-defined]
+        latent = sample_teacher(model, noise, posed, steps)
+        return from_model(model.autoencoder.decode(latent, posed).numpy())[0]
 
     return draw

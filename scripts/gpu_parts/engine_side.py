@@ -32,6 +32,7 @@ from scripts.gpu_parts.worker import Verb
 ROOT = Path(__file__).resolve().parents[2]
 ON_GPU = "tensorrt"
 HOST_FRAMES = 300
+PARTS = ("sources", "source_poses", "poses", "truths", "noise")  # of Pairs, in a file of them
 
 
 def engine_machine(backend: str) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def load_pairs(file: str) -> tuple[Pairs, dict[str, np.ndarray]]:
     with np.load(file, allow_pickle=False) as stored:
         arrays = {name: stored[name] for name in stored.files}
     names = [(str(a), str(b)) for a, b in arrays.pop("names")]
-    parts = {name: arrays.pop(name) for name in ("sources", "skeletons", "truths", "noise", "poses")}
+    parts = {name: arrays.pop(name) for name in PARTS}
     return Pairs(names, **parts), arrays
 
 
@@ -107,11 +108,11 @@ def open_engine(label: str, bundle: str, backend: str, pairs: str) -> dict[str, 
     """
     drawn, made = load_pairs(pairs)
     pipe = timing.RESOURCES.enter_context(Pipeline.open(bundle, backend))
-    person, skeleton, pose = pipe.prepare(drawn.sources[0]), drawn.skeletons[0], drawn.poses
-    assert pose is not None
-    timing.add(label, lambda: pipe.render_skeleton(person, skeleton))
-    timing.add(f"{label}, drawing included", lambda: pipe.render(person, pose[0]))
-    return {"psnr_db": psnr_db(made["frame"], pipe.render_skeleton(person, skeleton))}
+    person, pose = pipe.prepare(drawn.sources[0]), drawn.poses[0]
+    given = pipe.pose_input(pose)
+    timing.add(label, lambda: pipe.render_input(person, given))
+    timing.add(f"{label}, drawing included", lambda: pipe.render(person, pose))
+    return {"psnr_db": psnr_db(made["frame"], pipe.render_input(person, given))}
 
 
 def host_time(bundle: str, pairs: str) -> dict[str, Any]:
@@ -122,15 +123,15 @@ def host_time(bundle: str, pairs: str) -> dict[str, Any]:
     """
     loaded, (drawn, _) = artifact.load(bundle, "bundle"), load_pairs(pairs)
     with Pipeline.open(bundle, ON_GPU) as pipe:
-        source_kv = np.array(pipe.prepare(drawn.sources[0]).source_kv)
-        noise = pipe.noise
+        feeds = pipe.feeds(pipe.prepare(drawn.sources[0]), pipe.pose_input(drawn.poses[0]))
+        feeds = {name: np.array(array) if name != "noise" else array for name, array in feeds.items()}
     runtime, options = runtimes.load(ON_GPU), loaded.config["backends"][ON_GPU]
     engine = loaded.path / "engines" / ON_GPU / "frame"
     with runtime.open(engine, loaded.signatures["frame"], options) as opened:
         session: Any = opened  # with enqueue, buffers and outputs
-        kept = session.keep(source_kv)
+        kept = {name: array if name in ("pose", "noise") else session.keep(array) for name, array in feeds.items()}
         for _ in range(10):  # every slot's buffers hold these inputs afterwards
-            session.run({"pose": drawn.skeletons[:1], "noise": noise, "source_kv": kept})
+            session.run(kept)
         times = np.array([_host_frame(session) for _ in range(HOST_FRAMES)])
     enqueue_s, collect_s, copy_s = (float(value) for value in np.median(times, axis=0))
     return {"host_s": enqueue_s + collect_s - copy_s, "enqueue_s": enqueue_s, "collect_s": collect_s, "copy_s": copy_s}
@@ -156,7 +157,7 @@ def memory_rounds(bundle: str, backend: str, pairs: str, count: int, seconds: fl
     gpu: list[int] = []
     while len(host) < count and time.monotonic() < end:
         with Pipeline.open(bundle, backend) as pipe:
-            pipe.render_skeleton(pipe.prepare(drawn.sources[0]), drawn.skeletons[0])
+            pipe.render_input(pipe.prepare(drawn.sources[0]), pipe.pose_input(drawn.poses[0]))
         host.append(resident_bytes())
         if backend == ON_GPU:
             from runtimes.trt_cuda import checked_call, runtime_api

@@ -10,19 +10,21 @@ from typing import Any
 import numpy as np
 import torch  # noqa: TID251 - this script compares with torch
 
+from distill.condition import Tensors, encode_pose, encoded
 from distill.export import to_float
 from distill.reference import student_images
 from distill.student import Student, load_student
-from distill.teacher import RPFMTeacher, encode_pose, load_teacher, sample_teacher
+from distill.teacher import RPFMTeacher, load_teacher, sample_teacher
 from rpfm_edge import artifact, metrics
 from rpfm_edge.image import to_model
 from rpfm_edge.measure import where
 from rpfm_edge.metrics import psnr_db
+from rpfm_edge.pose import draw_skeleton
 from rpfm_edge.splits import open_splits
 from rpfm_edge.validate import circumstances, draw_pairs, measure_stage, teacher_stages
 from scripts.gpu_parts import timing
 from scripts.gpu_parts.cases import read_case
-from scripts.gpu_parts.engine_side import load_pairs
+from scripts.gpu_parts.engine_side import PARTS, load_pairs
 from scripts.gpu_parts.worker import Verb
 
 TEACHER_STEPS = 25
@@ -68,10 +70,11 @@ def reference(case: str, data: str, count: int, out: str) -> dict[str, Any]:
     size, shape = tuple(bundle.config["size"]), tuple(bundle.config["latent_shape"])
     pairs = draw_pairs(open_splits(data).test, count, size, shape)
     teacher, stages = teacher_stages(chosen.teacher, pairs, chosen.steps)
-    student = student_images(chosen.student, pairs.sources, pairs.skeletons, pairs.noise, [chosen.steps])[chosen.steps]
+    student = student_images(chosen.student, *pairs.inputs, [chosen.steps])[chosen.steps]
     noise = np.load(bundle.file("noise.npy"), allow_pickle=False)
-    frame = student_images(chosen.student, pairs.sources[:1], pairs.skeletons[:1], noise, [chosen.steps])[chosen.steps]
-    arrays = {name: getattr(pairs, name) for name in ("sources", "skeletons", "truths", "noise", "poses")}
+    first = (*(array[:1] for array in pairs.inputs[:3]), noise)
+    frame = student_images(chosen.student, *first, [chosen.steps])[chosen.steps]
+    arrays = {name: getattr(pairs, name) for name in PARTS}
     made = {"teacher": teacher, "student": student, "frame": frame[0], "bundle_noise": noise}
     stream = BytesIO()
     np.savez(stream, names=np.array(pairs.names), **arrays, **made)
@@ -100,16 +103,20 @@ def open_torch(case: str, pairs: str, names: list[str], dtype: str) -> dict[str,
     student, _ = load_student(chosen.student)
     student.to(device())
     source = torch.from_numpy(to_model(drawn.sources[:1])).to(device())
-    source_kv = student.network.source_kv(student.autoencoder.encode(source)).to(kind)
+    joints = torch.from_numpy(drawn.source_poses[:1]).to(device())
+    tensors = student.network.source(encoded(student.autoencoder, source, joints))
+    tensors = {name: tensor.to(kind) for name, tensor in tensors.items()}
     lower(student.network, student.autoencoder, kind)
-    noise, skeleton = torch.from_numpy(made["bundle_noise"]).to(device(), kind), drawn.skeletons[0]
-    run = student_run(student, chosen.steps, noise, source_kv, kind)
+    noise = torch.from_numpy(made["bundle_noise"]).to(device(), kind)
+    skeleton = draw_skeleton(drawn.poses[0], drawn.sources.shape[1:3])
+    run = student_run(student, chosen.steps, noise, tensors, kind)
     distances: dict[str, Any] = {}
     for name, call in student_calls(run, skeleton, names).items():
         distances[CONTENDERS[name]] = psnr_db(made["frame"], call())
         timing.add(CONTENDERS[name], call)
     if "teacher" in names:
-        taught = on_host(teacher_run(chosen.teacher, drawn.sources[:1], noise, kind), skeleton)
+        known = (drawn.sources[:1], drawn.source_poses[:1])
+        taught = on_host(teacher_run(chosen.teacher, *known, noise, kind), skeleton)
         taught()
         timing.add(TEACHER, taught, slow=True)
     return {"psnr_db": distances}
@@ -128,30 +135,32 @@ def lower(network: Any, autoencoder: Any, dtype: torch.dtype) -> None:
         setattr(network, name, embedding)
 
 
-def student_run(student: Student, steps: int, noise: torch.Tensor, source_kv: torch.Tensor, dtype: torch.dtype) -> Run:
-    """The student's frame; noise, keys and values stay on the device."""
+def student_run(student: Student, steps: int, noise: torch.Tensor, tensors: Tensors, dtype: torch.dtype) -> Run:
+    """The student's frame; noise and the source's tensors stay on the device."""
 
     def run(pose: torch.Tensor) -> torch.Tensor:
-        features = encode_pose(student.network, student.autoencoder, to_float(pose).to(dtype))
-        latent = student.sample(noise, {"pose": features, "source_kv": source_kv}, steps)
-        return to_levels(student.autoencoder.decode(latent))
+        posed = encode_pose(student.network, student.autoencoder, to_float(pose).to(dtype), tensors)
+        condition = tensors | posed
+        latent = student.sample(noise, condition, steps)
+        return to_levels(student.autoencoder.decode(latent, condition))
 
     return run
 
 
-def teacher_run(teacher: Path, sources: np.ndarray, noise: torch.Tensor, dtype: torch.dtype) -> Run:
+def teacher_run(teacher: Path, sources: np.ndarray, joints: np.ndarray, noise: torch.Tensor, dtype: torch.dtype) -> Run:
     """The teacher's frame: guided, ``TEACHER_STEPS`` steps; what depends on the source alone is computed before."""
     loaded = load_teacher(teacher)
     assert isinstance(loaded, RPFMTeacher)
     loaded.to(device())
     lower(loaded.network, loaded.autoencoder, dtype)
     source = torch.from_numpy(to_model(sources)).to(device(), dtype)
-    kept = loaded.condition(loaded.autoencoder.encode(source), source)
+    given = encoded(loaded.autoencoder, source, torch.from_numpy(joints).to(device(), dtype))
+    kept = loaded.condition(given, source)
 
     def run(pose: torch.Tensor) -> torch.Tensor:
-        features = encode_pose(loaded.network, loaded.autoencoder, to_float(pose).to(dtype))
-        latent = sample_teacher(loaded, noise, {**kept, "pose": features}, TEACHER_STEPS, "heun")
-        return to_levels(loaded.autoencoder.decode(latent))
+        condition = kept | encode_pose(loaded.network, loaded.autoencoder, to_float(pose).to(dtype), kept)
+        latent = sample_teacher(loaded, noise, condition, TEACHER_STEPS, "heun")
+        return to_levels(loaded.autoencoder.decode(latent, condition))
 
     return run
 
