@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -69,7 +70,9 @@ def map_losses(batch: AlignmentBatch, aligned: Aligned) -> dict[str, Tensor]:
 def map_error(batch: AlignmentBatch, aligned: Aligned) -> Tensor:
     """(B, 1, H/2, W/2): how far the map is from the true one, in frame units."""
     width = HEIGHT * batch.pixels.shape[3] / batch.pixels.shape[2]
-    found = (aligned.grid.permute(0, 3, 1, 2).float() + 1) / 2 * aligned.grid.new_tensor([width, HEIGHT]).view(1, 2, 1, 1)
+    found = (
+        (aligned.grid.permute(0, 3, 1, 2).float() + 1) / 2 * aligned.grid.new_tensor([width, HEIGHT]).view(1, 2, 1, 1)
+    )
     return ((found - batch.places).square().sum(1, keepdim=True) + 0.01).sqrt()
 
 
@@ -117,7 +120,7 @@ def train_alignment(
     split: Split,
     pictures: Callable[[np.ndarray], Tensor],
     config: AlignmentTraining,
-    checkpoint: "Path",
+    checkpoint: Path,
     validation: tuple[Split, Callable[[np.ndarray], Tensor]] | None = None,
 ) -> tuple[Alignment, History]:
     """Train on the people of ``split`` and return the EMA. Resumes from ``checkpoint``.
@@ -154,7 +157,9 @@ def held_out_error(
             batch = AlignmentBatch(*(part.to(device) for part in one))
             _, aligned = model.alignment(batch.pixels, batch.joints, batch.targets)
             shown = batch.seen > 0
-            found.append(map_error(batch, aligned)[shown].median() if shown.any() else 10 * map_losses(batch, aligned)["pixels"])
+            found.append(
+                map_error(batch, aligned)[shown].median() if shown.any() else 10 * map_losses(batch, aligned)["pixels"]
+            )
         return float(torch.stack(found).mean())
 
     return evaluate

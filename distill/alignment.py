@@ -16,28 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill.autoencoder import ResidualBlock
+from distill.autoencoder import FEATURES
+from distill.blocks import ResidualBlock, down, stack, up
 from distill.limbs import HEIGHT, PARTS, Joints, complete, limb_map
 from distill.surface import LAYERS
 
 REACH = 30.0  # frame units that a correction of 1 is worth
-CHANNELS, SUMMARY, CONTEXT = 32, 128, 64  # of the source's features, of its summary, of the aligner's features
-MASKS = 1 + len(LAYERS)
-
-
-def down(before: int, after: int) -> nn.Module:
-    """Half the size."""
-    return nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * before, after, 1))
-
-
-def up(before: int, after: int) -> nn.Module:
-    """Twice the size."""
-    return nn.Sequential(nn.Conv2d(before, 4 * after, 1), nn.PixelShuffle(2))
-
-
-def blocks(width: int, count: int) -> nn.Module:
-    """A stack of residual blocks."""
-    return nn.Sequential(*(ResidualBlock(width) for _ in range(count)))
+SUMMARY, CONTEXT = 128, 64  # channels of a source's summary, and of the aligner's features
 
 
 class Seen(NamedTuple):
@@ -59,10 +44,10 @@ class SourceEncoder(nn.Module):
         super().__init__()
         a, b, c = widths
         self.stem = nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(48, a, 3, padding=1), ResidualBlock(a))
-        self.fall, self.fall_again = nn.Sequential(down(a, b), blocks(b, 2)), nn.Sequential(down(b, c), blocks(c, 3))
-        self.rise, self.coarse_blocks = up(c, b), blocks(b, 1)
-        self.rise_again, self.fine_blocks = up(b, a), blocks(a, 1)
-        self.fine, self.coarse = nn.Conv2d(a, CHANNELS, 1), nn.Conv2d(b, CHANNELS, 1)
+        self.fall, self.fall_again = nn.Sequential(down(a, b), stack(b, 2)), nn.Sequential(down(b, c), stack(c, 3))
+        self.rise, self.coarse_blocks = up(c, b), stack(b, 1)
+        self.rise_again, self.fine_blocks = up(b, a), stack(a, 1)
+        self.fine, self.coarse = nn.Conv2d(a, FEATURES, 1), nn.Conv2d(b, FEATURES, 1)
         self.heat, self.surface = nn.Conv2d(a, 18, 1), nn.Conv2d(a, 3 + len(LAYERS), 1)
         self.scores = nn.Linear(c, 18)
 
@@ -117,10 +102,10 @@ class Aligner(nn.Module):
         limbs = PARTS + 1 + 2
         self.pose = nn.Sequential(nn.Linear(4 * 18 + 18, 128), nn.ReLU(), nn.Linear(128, low))
         self.summary = nn.Linear(SUMMARY, low)
-        self.stem = nn.Conv2d(4 * limbs + 2 * 18 + 2 + CHANNELS, middle, 1)
-        self.first, self.fall, self.low = blocks(middle, 1), down(middle, low), blocks(low, 3)
-        self.rise, self.second = up(low, middle), blocks(middle, 1)
-        self.rise_again, self.join, self.third = up(middle, fine), nn.Conv2d(limbs, fine, 1), blocks(fine, 1)
+        self.stem = nn.Conv2d(4 * limbs + 2 * 18 + 2 + FEATURES, middle, 1)
+        self.first, self.fall, self.low = stack(middle, 1), down(middle, low), stack(low, 3)
+        self.rise, self.second = up(low, middle), stack(middle, 1)
+        self.rise_again, self.join, self.third = up(middle, fine), nn.Conv2d(limbs, fine, 1), stack(fine, 1)
         self.head = nn.Sequential(nn.ReLU(), nn.Conv2d(fine, 4 * (3 + len(LAYERS)), 1), nn.PixelShuffle(2))
         nn.init.zeros_(self.head[1].weight)
         nn.init.zeros_(self.head[1].bias)

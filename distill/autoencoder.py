@@ -16,9 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.blocks import ResidualBlock, up
 from distill.resident import as_model
 from distill.train import History, TrainConfig, fit
 from rpfm_edge.errors import ConfigError
+
+FEATURES, MASKS = 32, 9  # channels of the aligned source's features and masks
+ALIGNED = ("moved_photo", "moved_features", "masks")  # at the pictures' size, at a quarter and at half of it
 
 
 class Autoencoder(Protocol):
@@ -43,20 +47,6 @@ class SmallAutoencoderConfig:
     widths: tuple[int, ...] = (32, 64, 96)
     encoder_blocks: tuple[int, ...] = (1, 1, 2)
     decoder_blocks: tuple[int, ...] = (1, 2, 2)
-
-
-class ResidualBlock(nn.Module):
-    """Two 3 × 3 convolutions around a ReLU: no normalisation, so that it is cheap and quantizes well."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)  # starts as the identity, which lets an unnormalised stack train
-        nn.init.zeros_(self.conv2.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
 
 
 class SmallAutoencoder(nn.Module):
@@ -114,6 +104,51 @@ class SmallAutoencoder(nn.Module):
         return self.raw_decode(latent * self.std + self.mean)
 
 
+class AlignedAutoencoder(SmallAutoencoder):
+    """``SmallAutoencoder``'s encoder, and a decoder that sees the aligned source: what that shows is taken from it, by
+    a learnt mask; 1.5 GFLOP to decode 256 × 176.
+
+    Without a source, as where a picture is only encoded and decoded, it sees pixels, features and masks of zero.
+    """
+
+    def __init__(self, config: SmallAutoencoderConfig) -> None:
+        super().__init__(config)
+        a, b, c = config.widths
+        channels = config.latent_channels
+        del self.decoder
+        self.low = nn.Sequential(nn.Conv2d(channels, c, 3, padding=1), ResidualBlock(c), up(c, b))
+        self.join_fine = nn.Conv2d(FEATURES + MASKS, b, 1)
+        self.middle = nn.Sequential(ResidualBlock(b), up(b, a))
+        self.join_moved = nn.Conv2d(12 + MASKS, a, 3, padding=1)
+        self.high = nn.Sequential(ResidualBlock(a), nn.ReLU(), nn.Conv2d(a, 16, 3, padding=1), nn.PixelShuffle(2))
+        nn.init.zeros_(self.high[2].weight)
+        with torch.no_grad():
+            self.high[2].bias.copy_(torch.tensor([0.0] * 12 + [-1.0] * 4))
+
+    def raw_decode(self, latent: Tensor, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The image of a latent that is not normalised."""
+        moved, fine, masks = _aligned(latent, tensors or {})
+        x = self.low(latent) + self.join_fine(torch.cat([fine, F.avg_pool2d(masks, 2)], dim=1))
+        x = self.middle(x) + self.join_moved(torch.cat([F.pixel_unshuffle(moved, 2), masks], dim=1))
+        out = self.high(x)
+        drawn = F.pixel_shuffle(self.latent_to_patches(latent), self.factor) + out[:, :3]
+        return drawn + torch.sigmoid(out[:, 3:]) * (moved - drawn)
+
+    def decode(self, latent: Tensor, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """(B, C, h, w) → (B, 3, 8h, 8w); of the frame's tensors it looks at those of ``ALIGNED``."""
+        return self.raw_decode(latent * self.std + self.mean, tensors)
+
+
+def _aligned(latent: Tensor, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """The aligned source, or zeros in its place, for (B, C, h, w) latents at 1/8."""
+    batch, _, height, width = latent.shape
+    sizes = zip(ALIGNED, (3, FEATURES, MASKS), (8, 2, 4), strict=True)
+    return [
+        tensors[name] if name in tensors else latent.new_zeros(batch, channels, scale * height, scale * width)
+        for name, channels, scale in sizes
+    ]
+
+
 class KLAutoencoder(nn.Module):
     """diffusers' ``AutoencoderKL`` (the SD VAE family): its scaling factor and shift become our normalisation."""
 
@@ -149,22 +184,31 @@ def load_kl(folder: Path | str) -> KLAutoencoder:
     return KLAutoencoder(vae.eval().requires_grad_(False))
 
 
+_CONVOLUTIONAL = {"small": SmallAutoencoder, "aligned": AlignedAutoencoder}
+
+
+def _kind(autoencoder: SmallAutoencoder) -> str:
+    return next(kind for kind, found in _CONVOLUTIONAL.items() if type(autoencoder) is found)
+
+
 def create(config: dict[str, Any]) -> nn.Module:
     """The autoencoder that a teacher's or student's manifest describes, without its weights."""
-    if config["kind"] == "small":
+    if config["kind"] in _CONVOLUTIONAL:
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k != "kind"}
-        return SmallAutoencoder(SmallAutoencoderConfig(**fields))
+        return _CONVOLUTIONAL[config["kind"]](SmallAutoencoderConfig(**fields))
     if config["kind"] == "kl":
         from diffusers import AutoencoderKL
 
         return KLAutoencoder(AutoencoderKL.from_config(config["config"]))
-    raise ConfigError(f"unknown autoencoder {config['kind']!r}", expected="small or kl", fix="check the manifest")
+    raise ConfigError(
+        f"unknown autoencoder {config['kind']!r}", expected="small, aligned or kl", fix="check the manifest"
+    )
 
 
 def describe(autoencoder: nn.Module) -> dict[str, Any]:
     """The config that ``create`` turns into the same architecture."""
     if isinstance(autoencoder, SmallAutoencoder):
-        return {"kind": "small", **asdict(autoencoder.config)}
+        return {"kind": _kind(autoencoder), **asdict(autoencoder.config)}
     if isinstance(autoencoder, KLAutoencoder):
         config = {k: v for k, v in autoencoder.vae.config.items() if not k.startswith("_")}  # where it was read from, …
         return {"kind": "kl", "config": config}

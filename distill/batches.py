@@ -54,7 +54,7 @@ class EncodedSplit:
         mirrored = torch.from_numpy(flips.astype(np.int64)).to(place)
         flipped, wanted = mirrored.repeat_interleave(targets.shape[1]), torch.from_numpy(targets.ravel()).to(place)
         latent = self.latents[mirrored, torch.from_numpy(sources).to(place)].float()
-        source = Source(latent, self._pixels(sources, flips), self._keypoints(sources, flips))
+        source = Source(latent, self.pixels(sources, flips), self._keypoints(sources, flips))
         if self.pose == "keypoints":
             pose = with_missing(self._keypoints(targets.ravel(), flips.repeat(targets.shape[1])))
         elif self.skeletons is None:
@@ -64,7 +64,7 @@ class EncodedSplit:
         target = self.latents[flipped, wanted]
         return Batch(source.to(device), pose.to(device), target.to(device).float())
 
-    def _pixels(self, indices: np.ndarray, flips: np.ndarray) -> Tensor:
+    def pixels(self, indices: np.ndarray, flips: np.ndarray) -> Tensor:
         """(n, 3, H, W) in [-1, 1], mirrored where ``flips`` (n,) says so."""
         pictures = self.pictures or Pictures(self.split, self.size, "cpu", False)
         plain = as_model(pictures(indices)).contiguous()

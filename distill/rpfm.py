@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill.autoencoder import ResidualBlock
+from distill.blocks import ResidualBlock
 from distill.condition import Source, Tensors
 from rpfm_edge.errors import ConfigError
 from rpfm_edge.pose import PoseKind
@@ -69,11 +69,17 @@ PRESETS = {
 }
 
 
-def preset(name: str, **changes: object) -> RPFMConfig:
-    """A named architecture, with fields replaced."""
+# Where the source is aligned, much less is left to the transformer.
+_BY_KEYPOINTS = {"pose": "keypoints", "pose_channels": 48, "latent_channels": 12, "shared_modulation": True}
+_BY_KEYPOINTS_TOO = {"xs": {"depth": 5, "mlp_ratio": 3}}
+
+
+def preset(name: str, pose: PoseKind = "skeleton", **changes: object) -> RPFMConfig:
+    """A named architecture for a kind of pose, with fields replaced."""
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}", expected=f"one of {sorted(PRESETS)}", fix="check the spelling")
-    return replace(PRESETS[name], **changes)  # type: ignore[arg-type]
+    fields = {**_BY_KEYPOINTS, **_BY_KEYPOINTS_TOO.get(name, {})} if pose == "keypoints" else {}
+    return replace(PRESETS[name], **{**fields, **changes})  # type: ignore[arg-type]
 
 
 class ScalarEmbedding(nn.Module):

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from distill import autoencoder as autoencoders
 from distill import targets
+from distill.aligned import create_network
 from distill.autoencoder import edges
 from distill.batches import EncodedSplit
 from distill.condition import Source, Tensors, encode_pose, per_target
@@ -134,7 +135,7 @@ def create_student(
         )
     base = start.config if start is not None else network
     assert base is not None
-    student = RPFM(replace(base, step_embedding=base.step_embedding or config.method == "flowmap"))
+    student = create_network(replace(base, step_embedding=base.step_embedding or config.method == "flowmap"))
     if start is not None:
         student.load_state_dict(start.state_dict(), strict=False)
     student.null_source.requires_grad_(False)  # of guidance, which is folded in
@@ -216,7 +217,7 @@ def save_student(
 def load_student(path: str | Path) -> tuple[Student, Artifact]:
     """The student of an artifact's path or shipped name, with the artifact."""
     loaded = artifact.load(assets.resolve(path), "student")
-    network = RPFM(network_config(loaded.config))
+    network = create_network(network_config(loaded.config))
     load_weights(network, loaded.file("network.safetensors"))
     autoencoder = autoencoders.create(loaded.config["autoencoder"])
     load_weights(autoencoder, loaded.file("autoencoder.safetensors"))

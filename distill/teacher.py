@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill import autoencoder as autoencoders
+from distill.aligned import create_network
 from distill.autoencoder import Autoencoder
 from distill.batches import EncodedSplit
 from distill.condition import Source, Tensors, encode_pose, per_target
@@ -73,6 +74,7 @@ class FlowMatchingConfig:
     condition_dropout: float = 0.1
     time_mean: float = -0.3
     time_std: float = 1.2
+    joint_noise_px: float = 1.0  # of the sources' keypoints: found by a network, they are never exact
 
 
 class Example(NamedTuple):
@@ -125,7 +127,10 @@ def draw_example(
     t = torch.sigmoid(config.time_mean + config.time_std * torch.randn(len(batch.pose), generator=draw, device=device))
     noise = torch.randn(batch.target.shape, generator=draw, device=device)
     keep = torch.rand(len(batch.source.latent), generator=draw, device=device) >= config.condition_dropout
-    return Example(batch.source, batch.pose, batch.target, t, noise, keep)
+    source, joints = batch.source, batch.source.joints
+    if data.pose == "keypoints" and config.joint_noise_px:
+        joints = joints + config.joint_noise_px * torch.randn(joints.shape, generator=draw, device=device)
+    return Example(source._replace(joints=joints), batch.pose, batch.target, t, noise, keep)
 
 
 def train_teacher(
@@ -251,7 +256,7 @@ def load_teacher(spec: str | Path) -> Teacher:
     if is_factory(spec):
         return call_factory(str(spec))
     loaded = artifact.load(assets.resolve(spec), "teacher")
-    network = RPFM(network_config(loaded.config))
+    network = create_network(network_config(loaded.config))
     load_weights(network, loaded.file("network.safetensors"))
     autoencoder = autoencoders.create(loaded.config["autoencoder"])
     load_weights(autoencoder, loaded.file("autoencoder.safetensors"))

@@ -18,6 +18,7 @@ from rpfm_edge import artifact, assets
 from rpfm_edge.errors import ArtifactError, BackendError, ConfigError
 from rpfm_edge.flow import MAP_STEPS, check_steps
 from rpfm_edge.metrics import Budget, require_distances
+from rpfm_edge.pose import PoseKind
 from rpfm_edge.precisions import STUDENT_ONLY, Precision, computes, require_backends, require_samples
 
 if sys.version_info >= (3, 11):
@@ -33,21 +34,25 @@ T = TypeVar("T")
 SMALL_MULTIPLE = 16  # pixels per latent of the small autoencoder, 8, times the networks' patch, 2
 COUNTS = ("steps", "batch", "trajectories", "targets_per_source", "sources", "autoencoder_batch", "pairs", "runs")
 FROM_ZERO = ("seed", "pictures")
-AMOUNTS = ("seconds", "autoencoder_seconds", "store_seconds", "lr", "ema")
+AMOUNTS = ("seconds", "autoencoder_seconds", "alignment_seconds", "decoder_seconds", "store_seconds", "lr", "ema")
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherTraining:
-    """How a teacher is made from nothing: an autoencoder, then the flow network on its latents.
+    """How a teacher is made from nothing: an autoencoder, with ``pose = "keypoints"`` an alignment, the flow network on
+    the latents, and with an alignment a decoder that sees it.
 
-    ``seconds`` are training time. ``compile``: by torch.compile.
+    ``seconds`` are training time of the network. ``compile``: by torch.compile.
     """
 
     preset: str = "xs"
+    pose: PoseKind = "keypoints"
     size: tuple[int, int] = (256, 176)
     autoencoder: str = "small"  # or the folder of a diffusers AutoencoderKL
     autoencoder_seconds: float = 780.0
     autoencoder_batch: int = 8
+    alignment_seconds: float = 2400.0
+    decoder_seconds: float = 1200.0
     seconds: float = 3300.0
     lr: float = 1e-3
     ema: float = 0.999

@@ -89,7 +89,9 @@ def test_nan_and_the_constant_are_the_same_missing_joint(pose: Tensor) -> None:
     assert complete(one, HEIGHT).known[0, 4] == 0
 
 
-@pytest.mark.parametrize("gone", [[4], [3, 4], [2, 3, 4], [1], [8, 11], [9, 10, 12, 13], [0, 14, 15, 16, 17], list(range(18))])
+@pytest.mark.parametrize(
+    "gone", [[4], [3, 4], [2, 3, 4], [1], [8, 11], [9, 10, 12, 13], [0, 14, 15, 16, 17], list(range(18))]
+)
 def test_missing_joints_leave_the_map_finite_and_the_rest_where_it_was(pose: Tensor, gone: list[int]) -> None:
     given = pose.clone()
     given[0, gone] = float("nan")
