@@ -90,7 +90,8 @@ def measure_gain(
     found = merge(_measure_pairs(job, test, size, latent_shape)) | _measure_clips(job, clips)
     found |= {"seed": config.seed, "data": str(data), "settings": settings, "machine": measure.where()}
     found |= {"missing": {**metrics.missing_metrics(), **_missing(found, test, config)}}
-    found["truth"] = compare_truth({**found["students"], **found["bundles"]}, found["reference"], config.seed)
+    rows = [compare_truth(found[kind], found["reference"], config.seed) for kind in ("students", "bundles")]
+    found["truth"] = rows[0] + [{**row, "target": None} for row in rows[1]]  # targets are of distillation alone
     write_text(out, json.dumps(found, indent=1))
     return found  # type: ignore[no-any-return]
 

@@ -225,6 +225,7 @@ def test_bundles_are_judged_and_filmed(
     assert list(result["flicker"]) == ["teacher, reference", name, "ground truth"]
     assert result["flicker"][name]["flicker"]["values"] == [flicker_levels(video, clip.truth)]
     assert [(row["student"], row["steps"]) for row in result["truth"]] == [("two", 2), (name, 2)]
+    assert result["truth"][1]["mse"]["ratio"] == pytest.approx(result["truth"][0]["mse"]["ratio"], abs=0.01)
     assert not {"pck", "detail", "flicker"} & set(result["missing"])
 
     for slow in ("read_pairs", "bundle_videos"):
