@@ -6,6 +6,7 @@ Everything that takes long is kept in a work folder beside the result and contin
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -35,6 +36,7 @@ from rpfm_edge.errors import ConfigError, InputError
 from rpfm_edge.recipe import TeacherTraining, check_size
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+ALIGNED_MULTIPLE = 16  # of the pictures' sides, for an alignment
 CURVE_POINTS = 50  # of the held-out loss, whatever the budget
 
 
@@ -142,12 +144,13 @@ def _flow(
 def _autoencoder(recipe: TrainRecipe, pictures: Pictures, work: Path) -> tuple[Any, tuple[Stage, ...]]:
     """With its weights as they will be stored, so that the latents are those of the autoencoder that is shipped."""
     dtype, patch = DTYPES[recipe.weights], preset(recipe.preset).patch
+    least = ALIGNED_MULTIPLE if recipe.pose == "keypoints" else 1
     if recipe.autoencoder != "small":
         stage = Stage("autoencoder", {"kind": "kl"}, tool_versions("diffusers"))
         loaded = autoencoders.load_kl(recipe.autoencoder)
-        check_size(recipe.size, loaded.factor * patch)
+        check_size(recipe.size, math.lcm(loaded.factor * patch, least))
         return loaded.to(dtype).float(), (stage,)
-    check_size(recipe.size, SmallAutoencoder.factor * patch)
+    check_size(recipe.size, math.lcm(SmallAutoencoder.factor * patch, least))
     channels = preset(recipe.preset, recipe.pose).latent_channels
     autoencoder = SmallAutoencoder(SmallAutoencoderConfig(latent_channels=channels))
     defaults = AutoencoderTraining()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,15 +50,15 @@ def train(config: str | Path, data: str | Path, out: str | Path, **changes: Any)
         data: the root of a data set in one of DeepFashion's layouts, or ``sample``.
         changes: fields that override the config's; None is no change.
     """
-    commands = _distill_commands()
+    teach = _distill_module("teach")
     text = str(config)
     table = read_toml(Path(config)) if text.endswith(".toml") else {"preset": text}
-    recipe = parse(commands.TrainRecipe, {**table, **_given(changes)}, text)
-    commands.preset(recipe.preset)  # what is wrong is said now, not after the autoencoder's training
+    recipe = parse(teach.TrainRecipe, {**table, **_given(changes)}, text)
+    teach.preset(recipe.preset)  # what is wrong is said now, not after the autoencoder's training
     guidance_scale(0.0, recipe.guidance_scale, recipe.guidance_schedule)
     artifact.require_free(out, "teacher")
     splits = open_splits(data)
-    made: Artifact = commands.train(recipe, splits.training, Path(out), splits.validation)
+    made: Artifact = teach.train(recipe, splits.training, Path(out), splits.validation)
     return made
 
 
@@ -70,7 +71,7 @@ def distill(teacher: str | Path, data: str | Path, out: str | Path, **changes: A
             (precision, steps, seconds, …); None is no change.
     """
     artifact.require_free(out, "student")
-    commands, given = _distill_commands(), _given(changes)
+    commands, given = _distill_module("commands"), _given(changes)
     made: Artifact
     _check_idle(commands, given)
     if given.get("method") == "qad":
@@ -416,12 +417,10 @@ def _given(changes: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in changes.items() if value is not None}
 
 
-def _distill_commands() -> Any:
+def _distill_module(name: str) -> Any:
     _require("torch", "distill")
     _require("accelerate", "distill")
-    from distill import commands
-
-    return commands
+    return import_module(f"distill.{name}")
 
 
 def _require(module: str, extra: str) -> None:

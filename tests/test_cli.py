@@ -433,7 +433,7 @@ def test_the_seed_of_a_training_file_counts(
         seen.append(recipe.seed)
         raise ConfigError("enough was seen", expected="nothing", fix="go on")
 
-    monkeypatch.setattr("distill.commands.train", stop)
+    monkeypatch.setattr("distill.teach.train", stop)
     (tmp_path / "train.toml").write_text('preset = "xs"\nseed = 7\n')
     call("train", tmp_path / "train.toml", "--data", "sample", "--out", tmp_path / "out", *given)
     assert seen == [seed]

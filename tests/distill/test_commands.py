@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from distill import rpfm
-from distill.commands import DistillRecipe, TrainRecipe, distill, train
+from distill.commands import DistillRecipe, distill
 from distill.student import DistillConfig, create_student, load_student
+from distill.teach import TrainRecipe, train
 from distill.teacher import load_teacher
 from rpfm_edge import api
 from rpfm_edge.artifact import Artifact
@@ -22,7 +23,15 @@ from tests.distill.test_teacher import gaussian_teacher
 from tests.distill.tiny import SIZE
 
 TRAINED = TrainRecipe(
-    "tiny", autoencoder_seconds=0.1, autoencoder_batch=2, seconds=0.3, sources=2, targets_per_source=2, size=SIZE
+    "tiny",
+    autoencoder_seconds=0.1,
+    autoencoder_batch=2,
+    alignment_seconds=0.1,
+    decoder_seconds=0.1,
+    seconds=0.3,
+    sources=2,
+    targets_per_source=2,
+    size=SIZE,
 )
 KINDS = ("training", "validation")
 QUICK = DistillRecipe(trajectories=32, targets_per_source=4, seconds=0.1, batch=8)
@@ -214,7 +223,9 @@ def test_a_size_is_measured_by_the_autoencoder_that_is_given(splits: tuple[Split
     """Four pixels per latent, so multiples of 8."""
     small_vae(tmp_path / "vae")
     with pytest.raises(ConfigError, match=r"size = \[68, 40\]: expected multiples of 8, .*; take \[64, 40\]"):
-        train(TrainRecipe(size=(68, 40), autoencoder=str(tmp_path / "vae")), splits[0], tmp_path / "out")
+        train(
+            TrainRecipe(size=(68, 40), pose="skeleton", autoencoder=str(tmp_path / "vae")), splits[0], tmp_path / "out"
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["vae"]
 
 
