@@ -24,6 +24,7 @@ from tests.distill.tiny import SIZE
 
 TRAINED = TrainRecipe(
     "tiny",
+    pose="skeleton",
     autoencoder_seconds=0.1,
     autoencoder_batch=2,
     alignment_seconds=0.1,
