@@ -194,12 +194,14 @@ def enlarge(grid: Tensor) -> Tensor:
 
 
 def enlarged(picture: Tensor) -> Tensor:
-    """(B, 2, h, w) at twice the size: ``F.interpolate`` with "bilinear", by a convolution, which is faster."""
-    near = torch.tensor([[0.25, 0.75, 0.0], [0.0, 0.75, 0.25]], device=picture.device)
-    kernel = (near[:, None, :, None] * near[:, None, :]).view(4, 1, 3, 3).repeat(2, 1, 1, 1)
-    padded = F.pad(picture.float(), (1, 1, 1, 1), mode="replicate")
-    with torch.autocast(picture.device.type, enabled=False):
-        return F.pixel_shuffle(F.conv2d(padded, kernel, groups=2), 2)
+    """(B, C, h, w) at twice the size: ``F.interpolate`` with "bilinear", spelt out, which engines run faster."""
+
+    def halves(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        before, here, after = (x.narrow(dim, start, x.shape[dim] - 2) for start in range(3))
+        return 0.75 * here + 0.25 * before, 0.75 * here + 0.25 * after
+
+    rows = halves(F.pad(picture, (1, 1, 1, 1), mode="replicate"), 2)
+    return F.pixel_shuffle(torch.stack([part for row in rows for part in halves(row, 3)], dim=2).flatten(1, 2), 2)
 
 
 class Alignment(nn.Module):
