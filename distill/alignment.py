@@ -96,6 +96,8 @@ class Aligned(NamedTuple):
 class Aligner(nn.Module):
     """The limb map, corrected: a U-Net from 1/4 to 1/16 and up to 1/2; 0.5 GFLOP a frame for 256 × 176."""
 
+    single = True  # in FP32 in engines of every precision (``runtimes.torch_trt``): a place must not shift
+
     def __init__(self, size: tuple[int, int], widths: tuple[int, int, int] = (32, CONTEXT, 96)) -> None:
         super().__init__()
         self.size = size

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from distill.autoencoder import SmallAutoencoder
+from distill.aligned import AlignedRPFM
+from distill.autoencoder import AlignedAutoencoder, SmallAutoencoder
 from distill.condition import encoded
 from distill.rpfm import Block
 from distill.student import Student
@@ -82,9 +83,13 @@ def int8_layers(student: Student) -> dict[str, nn.Module]:
             found |= {n: m for n, m in layers if isinstance(m, nn.Linear) and m is not block.modulation}
     if network.pose_encoder is not None:
         found |= dict(_convolutions(network.pose_encoder.layers, "network.pose_encoder.layers")[:-1])
+    if isinstance(network, AlignedRPFM):  # whose alignment stays in float
+        found |= dict(_convolutions(network.conditioner.layers, "network.conditioner.layers")[1:-1])
     if isinstance(autoencoder, SmallAutoencoder):
         found |= dict(_convolutions(autoencoder.encoder, "autoencoder.encoder"))
-        found |= dict(_convolutions(autoencoder.decoder, "autoencoder.decoder")[1:-1])
+        parts = ("low", "middle", "high") if isinstance(autoencoder, AlignedAutoencoder) else ("decoder",)
+        decoder = [one for part in parts for one in _convolutions(getattr(autoencoder, part), f"autoencoder.{part}")]
+        found |= dict(decoder[1:-1])
     return found
 
 
@@ -218,6 +223,8 @@ def train_rounded(
     exact = Rendering(deepcopy(student).eval().requires_grad_(False), config.steps)
     rounded = Rendering(student.requires_grad_(True), config.steps)
     student.network.null_source.requires_grad_(False)  # of guidance, which is folded in
+    if isinstance(student.network, AlignedRPFM):
+        student.network.alignment.requires_grad_(False)  # it is not rounded
 
     def batch(targets: int, rng: np.random.Generator) -> Batch:
         source, pose, noise = draw(split, size, targets, latent, rng, student.network.pose_kind)

@@ -27,9 +27,10 @@ from rpfm_edge.artifact import Artifact, Stage, tool_versions
 from rpfm_edge.errors import ArtifactError, ConfigError, ParityError
 from rpfm_edge.metrics import psnr_db
 from rpfm_edge.pipeline import passed, prepare_feeds
-from rpfm_edge.pose import pose_kind
+from rpfm_edge.pose import pose_input, pose_kind
 from rpfm_edge.precisions import CALIBRATED, Precision
 from rpfm_edge.signature import Feeds
+from rpfm_edge.splits import open_splits
 
 GRAPHS = ("prepare", "frame")
 TOOLS = ("nncf", "onnx", "onnxruntime")
@@ -59,7 +60,7 @@ def quantize(
 
     Args:
         samples: from ``calibrate.record`` with this very graph; fp16 and weights alone need none, and are then checked
-            on random pictures.
+            on random pictures, or on people of the packaged sample where the pose is keypoints.
         options: of int8.
         facts: how the options were found; they go into the lineage.
 
@@ -187,16 +188,24 @@ def _refused(precision: str, problem: str, expected: str) -> ParityError:
 
 
 def _trials(graph: Artifact, samples: Samples | None) -> Iterator[tuple[Feeds, Feeds]]:
-    """Two pairs of feeds, of prepare and of frame without what prepare makes."""
-    boundary = graph.signatures["prepare"]
+    """Two pairs of feeds, of prepare and of frame without what prepare makes.
+
+    Without samples they are random pictures. A graph that aligns the source with keypoints sees people of the packaged
+    sample: random joints make a map that no person has.
+    """
+    boundary, kind = graph.signatures["prepare"], pose_kind(graph.signatures["frame"].input("pose"))
+    shape = boundary.input("source").shape[1:]
     for place in (0, -1):
         if samples:
             pose, noise = samples.pose[place], samples.noise[place]
             source = samples.source[samples.index[place]]
         else:
-            rng, shape = np.random.default_rng(-place), boundary.input("source").shape[1:]
-            source, pose = (rng.integers(0, 256, shape, dtype=np.uint8) for _ in range(2))
-            if pose_kind(graph.signatures["frame"].input("pose")) == "keypoints":
-                pose = (rng.random((18, 2)) * [shape[1], shape[0]]).astype(np.float32)
             noise = np.load(graph.file("noise.npy"), allow_pickle=False)[0]
+            if kind == "keypoints":
+                people, size = open_splits("sample").test, (shape[0], shape[1])
+                given, target = (int(index) for index in people.pairs[place])
+                source, pose = people.image(given, size), pose_input(people.pose(target, size), kind, size)[0]
+            else:
+                rng = np.random.default_rng(-place)
+                source, pose = (rng.integers(0, 256, shape, dtype=np.uint8) for _ in range(2))
         yield prepare_feeds(boundary, source), {"pose": pose[None], "noise": noise[None]}

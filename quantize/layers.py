@@ -1,18 +1,21 @@
 """Which layers of an exported graph are quantized: decided by where they stand in it, never by the exporter's names.
 
 A *product* is a Conv, Gemm or MatMul; a *layer* is a product with weights. Two products are neighbours if nothing but
-cheap operations lies between them.
+cheap operations lies between them. The *map* is what makes the places that a GridSample fetches: wrong by a percent, it
+would be wrong by pixels, so it is in FP32 whatever the precision of the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 
 from rpfm_edge.errors import ArtifactError
+from rpfm_edge.pipeline import JOINTS
+from rpfm_edge.source_map import map_nodes, reaching
 
 PRODUCTS = ("Conv", "Gemm", "MatMul")
 IMAGE = onnx.TensorProto.UINT8
@@ -39,7 +42,8 @@ def plan(model: onnx.ModelProto) -> Plan:
     - the embedding of the source's patches: the first linear layer of all;
     - convolutions of what was rearranged, such as unshuffled into channels: NNCF quantizes before the Reshape, and
       there OpenVINO 2026.4 is off by 20 % unless its low-precision transformations are switched off;
-    - the last layers, which write the picture.
+    - the last layers, which write the picture;
+    - the map, and what looks at nothing else (``map_products``).
 
     Raises:
         ArtifactError: a rule that matches nothing, nothing left to quantize, or a layer that no input reaches: the
@@ -47,8 +51,8 @@ def plan(model: onnx.ModelProto) -> Plan:
     """
     weights = constants(model)
     products = {node.name: node for node in model.graph.node if node.op_type in PRODUCTS}
-    layers = {name for name, node in products.items() if any(tensor in weights for tensor in node.input)}
-    before = neighbours(model)
+    before, mapped = neighbours(model), map_products(model)
+    layers = {name for name, node in products.items() if any(tensor in weights for tensor in node.input)} - mapped
     if unfolded := sorted(name for name in layers if not before[name]):
         raise ArtifactError(
             f"layer {unfolded[0]} depends on no input",
@@ -62,9 +66,9 @@ def plan(model: onnx.ModelProto) -> Plan:
         if output.type.tensor_type.elem_type == IMAGE
         for other in before[output.name]
     }
-    stem = _stem(model, layers)
-    kept = (set(products) - layers) | first | joined | (last & layers) | stem | _rearranged(model)
-    for rule, found in {"attention": set(products) - layers, "first layers": first, "first linear layer": stem}.items():
+    stem, attention = _stem(model, layers, mapped), set(products) - layers - mapped
+    kept = attention | mapped | first | joined | (last & layers) | stem | _rearranged(model)
+    for rule, found in {"attention": attention, "first layers": first, "first linear layer": stem}.items():
         _require(found, rule, model)
     if any(output.type.tensor_type.elem_type == IMAGE for output in model.graph.output):
         _require(last & layers, "last layers", model)
@@ -96,7 +100,7 @@ def heads(model: onnx.ModelProto) -> tuple[str, ...]:
     """Outputs of the last linear layer of every step: the velocity in patches; none for a "prepare" graph."""
     weights = constants(model)
     products = [node for node in model.graph.node if node.op_type in PRODUCTS]
-    layers = {node.name for node in products if any(tensor in weights for tensor in node.input)}
+    layers = {node.name for node in products if any(tensor in weights for tensor in node.input)} - map_products(model)
     joined = _joined(model, layers, neighbours(model))
     return tuple(node.output[0] for node in products if node.name in joined and node.op_type != "Conv")
 
@@ -121,6 +125,18 @@ def neighbours(model: onnx.ModelProto) -> dict[str, set[str]]:
     return before | {tensor.name: reach[tensor.name] for tensor in model.graph.output}
 
 
+def map_products(model: onnx.ModelProto) -> frozenset[str]:
+    """Names of the products of the map, of those that reach the joints of a "prepare" graph, which the map starts from,
+    and of those that nothing else precedes, such as what tells the map's layers apart."""
+    found = set(map_nodes(model) | reaching(model, {JOINTS}))
+    before = neighbours(model)
+    products = [node.name for node in model.graph.node if node.op_type in PRODUCTS]
+    for name in products:  # in topological order
+        if before[name] and before[name] <= found:
+            found.add(name)
+    return frozenset(found & set(products))
+
+
 def _first(model: onnx.ModelProto, layers: set[str], before: dict[str, set[str]]) -> set[str]:
     """The layers that an input of the graph reaches."""
     inputs = {tensor.name for tensor in model.graph.input}
@@ -132,12 +148,13 @@ def _joined(model: onnx.ModelProto, layers: set[str], before: dict[str, set[str]
     return {other for name in _first(model, layers, before) for other in before[name]} & layers
 
 
-def _stem(model: onnx.ModelProto, layers: set[str]) -> set[str]:
-    """The linear layers that no other matrix product precedes."""
+def _stem(model: onnx.ModelProto, layers: set[str], mapped: Collection[str]) -> set[str]:
+    """The linear layers that no other matrix product precedes, but of the map."""
     behind: set[str] = set()
     found: set[str] = set()
     for node in model.graph.node:
-        linear, preceded = node.op_type in ("Gemm", "MatMul"), bool(behind & set(node.input))
+        linear = node.op_type in ("Gemm", "MatMul") and node.name not in mapped
+        preceded = bool(behind & set(node.input))
         if linear and not preceded and node.name in layers:
             found.add(node.name)
         if linear or preceded:

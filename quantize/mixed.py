@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import copyfile
@@ -17,9 +17,10 @@ from quantize.qdq import insert
 from quantize.ranges import Estimator
 from quantize.typed import FOLDER as TYPED
 from quantize.typed import to_typed
-from quantize.units import chosen, units
+from quantize.units import Unit, chosen, units
 from rpfm_edge import artifact
 from rpfm_edge.artifact import Artifact, Stage, tool_versions
+from rpfm_edge.errors import ConfigError
 
 Ranges = Mapping[str, Mapping[str, float]]  # graph → activation → magnitude of the last level
 
@@ -38,9 +39,15 @@ class Assignment:
     biases: Literal["float", "int32"] = "float"
     rest: Literal["fp32", "fp16"] = "fp32"
 
-    def precisions(self, graph: str, names: list[str]) -> dict[str, str]:
-        """Unit → "int8" or ``rest``."""
-        return {name: "int8" if name in self.int8.get(graph, ()) else self.rest for name in names}
+    def precisions(self, graph: str, found: Sequence[Unit]) -> dict[str, str]:
+        """Unit → "int8", ``rest``, or "fp32" for the map; ``ConfigError`` where that is to be INT8."""
+        wanted = self.int8.get(graph, ())
+        if fixed := next((unit.name for unit in found if unit.name in wanted and not unit.quantizable), None):
+            raise ConfigError(
+                f"{fixed} of graph {graph} in int8", expected="the map in fp32", fix="leave the align units out"
+            )
+        rest = {unit.name: self.rest if unit.quantizable else "fp32" for unit in found}
+        return {name: "int8" if name in wanted else precision for name, precision in rest.items()}
 
 
 def write(graph: Artifact, assignment: Assignment, ranges: Ranges, out: Path, settings: Mapping[str, Any]) -> Artifact:
@@ -55,7 +62,7 @@ def write(graph: Artifact, assignment: Assignment, ranges: Ranges, out: Path, se
             found = units(model)
             products = chosen(found, assignment.int8.get(name, ()))
             kinds = Counter(node.op_type for node in model.graph.node if node.name in products)
-            plan[name] = assignment.precisions(name, [unit.name for unit in found])
+            plan[name] = assignment.precisions(name, found)
             counts[name] = dict(sorted(kinds.items()))
             mixed = insert(model, products, ranges[name], assignment.weights, assignment.activations, assignment.biases)
             onnx.save(mixed, folder / f"{name}.onnx")

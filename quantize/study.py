@@ -138,5 +138,5 @@ def allowed(frame: onnx.ModelProto, config: StudyConfig) -> tuple[tuple[Unit, ..
     """The units that may become INT8, and whether the prepare graph may."""
     found = units(frame)
     kept = matching([*(unit.name for unit in found), PREPARE], config.keep)
-    allowed = (unit for unit in found if unit.name not in kept and not (config.fused and unit.attention))
-    return tuple(allowed), PREPARE not in kept
+    free = (unit for unit in found if unit.quantizable and unit.name not in kept)
+    return tuple(unit for unit in free if not (config.fused and unit.attention)), PREPARE not in kept

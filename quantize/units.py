@@ -15,7 +15,7 @@ from math import prod
 
 import onnx
 
-from quantize.layers import PRODUCTS, constants, neighbours
+from quantize.layers import PRODUCTS, constants, map_products, neighbours
 from rpfm_edge.errors import ArtifactError, ConfigError
 
 
@@ -23,12 +23,13 @@ from rpfm_edge.errors import ArtifactError, ConfigError
 class Unit:
     """``name``: such as ``encoder.conv1``, ``block0.qkv`` or ``block0.qk``; ``products``: the names of its nodes.
 
-    ``attention``: it has no weights.
+    ``attention``: it has no weights. ``quantizable``: it is no part of the map, which stays in FP32.
     """
 
     name: str
     products: tuple[str, ...]
     attention: bool = False
+    quantizable: bool = True
 
 
 def units(model: onnx.ModelProto) -> tuple[Unit, ...]:
@@ -37,23 +38,28 @@ def units(model: onnx.ModelProto) -> tuple[Unit, ...]:
     Names say the place. Convolutions before the first block are ``encoder.convN``, those behind it ``decoder.convN``.
     ``blockB`` holds what makes queries, keys and values (``qkv``), the two attention products (``qk``, ``av``) and the
     linears behind them (``linearN``); linears before the first block are ``embed.linearN``. The attention of a foreign
-    autoencoder is a block, too.
+    autoencoder is a block, too. The map and what finds joints (``layers.map_products``) are ``align.convN`` and
+    ``align.linearN``.
 
     Raises:
         ArtifactError: no attention, so that the graph is none of a student's.
     """
-    weights, before = constants(model), neighbours(model)
+    weights, before, mapped = constants(model), neighbours(model), map_products(model)
     nodes = {node.name: node for node in model.graph.node if node.op_type in PRODUCTS}
     weight = {
         name: next((tensor for tensor in node.input[:2] if tensor in weights), "") for name, node in nodes.items()
     }
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, node in nodes.items():
-        groups.setdefault((weight[name],) if weight[name] else _attention(node, before[name], weight), []).append(name)
+        key = (weight[name],) if weight[name] else (name,) if name in mapped else _attention(node, before[name], weight)
+        groups.setdefault(key, []).append(name)
     if not any(len(key) > 1 for key in groups):
         raise ArtifactError("the graph has no attention", expected="a student's graph", fix="export it again")
-    names = _names(groups, nodes, before)
-    return _joined([Unit(names[key], tuple(members), len(key) > 1) for key, members in groups.items()], nodes)
+    names = _names(groups, nodes, mapped)
+    made = [
+        Unit(names[key], tuple(members), len(key) > 1, mapped.isdisjoint(members)) for key, members in groups.items()
+    ]
+    return _joined(made, nodes)
 
 
 def _joined(found: Sequence[Unit], nodes: Mapping[str, onnx.NodeProto]) -> tuple[Unit, ...]:
@@ -71,7 +77,8 @@ def _joined(found: Sequence[Unit], nodes: Mapping[str, onnx.NodeProto]) -> tuple
         if first == place or unit.attention:
             members[place] = unit
         else:
-            members[first] = replace(members[first], products=(*members[first].products, *unit.products))
+            products, both = (*members[first].products, *unit.products), members[first].quantizable and unit.quantizable
+            members[first] = replace(members[first], products=products, quantizable=both)
     return tuple(members.values())
 
 
@@ -84,7 +91,7 @@ def _attention(node: onnx.NodeProto, before: Collection[str], weight: Mapping[st
 def _names(
     groups: Mapping[tuple[str, ...], list[str]],
     nodes: Mapping[str, onnx.NodeProto],
-    before: Mapping[str, Collection[str]],
+    mapped: Collection[str],
 ) -> dict[tuple[str, ...], str]:
     """Group → name, by what stands before it in the graph and what it feeds."""
     feeds: dict[str, int] = {}  # weight → the block whose attention it feeds
@@ -102,6 +109,7 @@ def _names(
         else:
             conv = nodes[members[0]].op_type == "Conv"
             stage = ("encoder" if block < 0 else "decoder") if conv else "embed" if block < 0 else f"block{block}"
+            stage = "align" if members[0] in mapped else stage
             name = f"{stage}.{'conv' if conv else 'linear'}"
         taken[name] += 1
         numbered = name.endswith((".conv", ".linear")) or taken[name] > 1

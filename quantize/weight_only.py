@@ -2,7 +2,8 @@
 
 Every weight becomes integers and a DequantizeLinear, stored once however many steps share it. Scales are positive and
 no smaller than FP16 holds, zero points 0. INT8 has a scale per output channel. INT4 has one for every 32 weights of a
-sum, in linear layers alone; convolutions, the layers that inputs reach and the heads are INT8 then.
+sum, in linear layers alone; convolutions, the layers that inputs reach and the heads are INT8 then. The weights of the
+map stay float.
 
 NNCF 3.4 could do the same (``nncf.compress_weights``), but ONNX Runtime refuses its scales of convolutions, which have
 three axes, and TensorRT its negative ones.
@@ -17,7 +18,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper, version_converter
 
-from quantize.layers import PRODUCTS, constants, plan
+from quantize.layers import PRODUCTS, constants, map_products, plan
 from quantize.qdq import channel_axis, channel_scales
 from quantize.rewire import Made, along, rewire
 from quantize.typed import SMALLEST
@@ -30,7 +31,7 @@ SHRINKS = np.linspace(1.0, 0.7, 13, dtype=np.float32)  # of the scale at which n
 
 
 def to_weight_only(model: onnx.ModelProto, bits: Literal[8, 4]) -> tuple[onnx.ModelProto, dict[str, int]]:
-    """Quantize the weights of all layers of a "prepare" or "frame" graph; nothing is calibrated.
+    """Quantize the weights of all layers of a "prepare" or "frame" graph but the map's; nothing is calibrated.
 
     Returns:
         A new graph with the same inputs and outputs, and how many weights are stored in "int8" and "int4".
@@ -41,8 +42,9 @@ def to_weight_only(model: onnx.ModelProto, bits: Literal[8, 4]) -> tuple[onnx.Mo
     inner = set(plan(model).quantized) if bits == 4 else set()
     if bits == 4:
         model = version_converter.convert_version(model, BLOCKS_OPSET)
-    fixed = constants(model)
-    layers = [node.name for node in model.graph.node if node.op_type in PRODUCTS and fixed & set(node.input[:2])]
+    fixed, mapped = constants(model), map_products(model)
+    products = (node for node in model.graph.node if node.op_type in PRODUCTS and node.name not in mapped)
+    layers = [node.name for node in products if fixed & set(node.input[:2])]
     kinds: Counter[str] = Counter()
 
     def factor(node: onnx.NodeProto, place: int, weight: np.ndarray | None) -> Made:

@@ -1,4 +1,5 @@
-"""Where the time of a frame goes: pose drawing, pose encoder, each step, decoder, and what lies around the engine.
+"""Where the time of a frame goes: pose drawing, alignment, pose encoder, each step, decoder, and what lies around the
+engine.
 
 Layers come from the backend's own profiler (``Runtime.profile``) and are put into stages by where their ONNX nodes
 stand in the frame graph, never by the exporter's names.
@@ -21,9 +22,10 @@ from rpfm_edge.measure import steady
 from rpfm_edge.metrics import import_extra
 from rpfm_edge.pipeline import Pipeline, engine_versions, require_engine
 from rpfm_edge.runtime import LayerTime
+from rpfm_edge.source_map import fetches, map_nodes
 
 SAME = ("Cast", "QuantizeLinear", "DequantizeLinear", "Identity")  # what these make is still the noise, or the state
-POSE, SOURCE, DECODER = "pose encoder", "source's keys and values", "decoder"
+ALIGNMENT, POSE, SOURCE, DECODER = "alignment", "pose encoder", "source's keys and values", "decoder"
 DRAWING, AROUND, UNKNOWN = "pose drawing", "calls and copies", "layers of no known node"
 TURNS = 3  # of profiler and clock, since the speed of a machine drifts
 
@@ -40,7 +42,9 @@ class StageTime:
 def stages(model: Any) -> dict[str, str]:
     """Node → stage of a "frame" graph (``onnx.ModelProto``), for each node that depends on an input.
 
-    The pose encoder is what the pose reaches and the noise does not. The state of the flow is the noise, and then what
+    The pose encoder is what the pose reaches and the noise does not, if it reaches a step; what only the decoder sees
+    belongs to that. The alignment, where there is one, is the map (``source_map``), what fetches the source by it, and
+    what is made of the map alone. The state of the flow is the noise, and then what
     an addition makes of the state and of something that was computed from it: as many updates as there are steps. What
     depends on k updates belongs to step k + 1, and after the last one to the decoder.
 
@@ -69,7 +73,32 @@ def stages(model: Any) -> dict[str, str]:
         raise ArtifactError(
             "the graph never adds to its noise", expected="a frame graph of a student", fix="export the student again"
         )
-    return {name: _stage(found, count, last) for name, (found, count) in placed.items()}
+    stage = {name: _stage(found, count, last) for name, (found, count) in placed.items()}
+    return stage | _before_the_noise(model, stage)
+
+
+def _before_the_noise(model: Any, stage: Mapping[str, str]) -> dict[str, str]:
+    """Those of the pose encoder's nodes and of the source's that belong to the alignment or to the decoder."""
+    mapped, fetching = map_nodes(model), fetches(model)
+    varying = {tensor for node in model.graph.node if node.name in stage for tensor in node.output}
+    made, alone = set[str](), set[str]()  # tensors of the map, and the nodes that see nothing else
+    for node in model.graph.node:
+        seen = varying.intersection(node.input)
+        if node.name in mapped or (seen and seen <= made and node.name not in fetching and stage[node.name] == POSE):
+            alone.add(node.name)
+            made.update(node.output)
+    steps = {
+        tensor for node in model.graph.node if stage.get(node.name, "").startswith("step ") for tensor in node.input
+    }
+    found: dict[str, str] = {}
+    for node in reversed(model.graph.node):
+        if stage.get(node.name) in (POSE, SOURCE):
+            if node.name in alone | fetching:
+                found[node.name] = ALIGNMENT
+            elif not steps.intersection(node.output):
+                found[node.name] = DECODER
+            steps.update(node.input if steps.intersection(node.output) else ())
+    return found
 
 
 def require_inputs(model: Any) -> None:
@@ -105,7 +134,14 @@ def by_stage(layers: Sequence[LayerTime], where: Mapping[str, str]) -> dict[str,
         after = next((stage for stage in known[index + 1 :] if stage), None)
         around = before if before == after or after is None else after if before is None else None
         seconds[known[index] or around or UNKNOWN] += layer.seconds
-    order = (POSE, SOURCE, *sorted({s for s in seconds if s.startswith("step ")}, key=_number), DECODER, UNKNOWN)
+    order = (
+        ALIGNMENT,
+        POSE,
+        SOURCE,
+        *sorted({s for s in seconds if s.startswith("step ")}, key=_number),
+        DECODER,
+        UNKNOWN,
+    )
     return {stage: seconds[stage] for stage in order if stage in seconds}
 
 

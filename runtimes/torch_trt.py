@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def compile_plan(graph: Artifact, name: str, option: Mapping[str, Any]) -> bytes
     compiler, signature = library(), graph.signatures[name]
     package = graph.config["factory"].partition(":")[0]
     module = trusted(f"{package}:{MODULES}")(graph.path / STUDENT)[name]
-    with half_products() if option["precision"] == "fp16" else nullcontext():
+    with half_products(module) if option["precision"] == "fp16" else nullcontext():
         program = exported(module, signature)
     import torch
 
@@ -145,11 +145,12 @@ def exported(module: Any, signature: Signature) -> Any:
         return torch.export.export(Boundary().eval(), example, strict=False)
 
 
-def half_products() -> AbstractContextManager[Any]:
+@contextmanager
+def half_products(module: Any) -> Iterator[None]:
     """A context in which linear layers, convolutions and attention compute in FP16, as a GPU's matrix units do.
 
     Their results stay in FP16 until they meet FP32 (a concatenation stays in FP16): the residual stream, LayerNorm and
-    the rounding to grey levels are in FP32.
+    the rounding to grey levels are in FP32, and so are the parts of ``module`` with an attribute ``single``.
     """
     import torch
     from torch.nn import functional as F
@@ -160,15 +161,31 @@ def half_products() -> AbstractContextManager[Any]:
     def half(values: Any) -> Any:
         return type(values)(value.half() if isinstance(value, torch.Tensor) else value for value in values)
 
+    inside: list[Any] = []  # the parts in FP32 that are running
+
     class HalfProducts(TorchFunctionMode):  # type: ignore[misc]
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if inside:
+                return func(*args, **(kwargs or {}))
             if func in products:
                 args = half(args)
             elif func is torch.cat and any(part.dtype == torch.float16 for part in args[0]):
                 args = (half(args[0]), *args[1:])
             return func(*args, **(kwargs or {}))
 
-    return HalfProducts()
+    hooks = [
+        hook
+        for part in module.modules()
+        if getattr(part, "single", False)
+        for hook in (
+            part.register_forward_pre_hook(lambda part, _: inside.append(part)),
+            part.register_forward_hook(lambda *_: inside.clear()),
+        )
+    ]
+    with HalfProducts():
+        yield
+    for hook in hooks:
+        hook.remove()
 
 
 @cache

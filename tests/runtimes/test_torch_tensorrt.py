@@ -68,7 +68,7 @@ def test_half_products(tiny_graph: Artifact) -> None:
         for name, signature in tiny_graph.signatures.items()
     }
     for name, module in modules(tiny_graph.path / "student").items():
-        with torch_trt.half_products():
+        with torch_trt.half_products(module):
             program = torch_trt.exported(module, tiny_graph.signatures[name])
         assert {value.meta["val"].dtype for value in products(program)} == {torch.float16}
         norms = [node for node in program.graph.nodes if node.target is torch.ops.aten.layer_norm.default]
