@@ -22,6 +22,7 @@ from distill.teacher import (
     draw_example,
     held_out_loss,
     load_teacher,
+    pose_kind,
     sample_teacher,
     save_teacher,
     train_teacher,
@@ -231,9 +232,25 @@ def of_numpy() -> SimpleNamespace:
     return one_that_does_not_fit(velocity=lambda x, t, condition: x.numpy())
 
 
+def of_keypoints() -> SimpleNamespace:
+    """A factory that wants keypoints."""
+    return one_that_does_not_fit(pose="keypoints", condition=lambda source, pose: pose.view(-1, 36)[:, :1])
+
+
+def test_factory_of_keypoints() -> None:
+    assert pose_kind(load_teacher("tests.distill.test_teacher:of_keypoints")) == "keypoints"
+    assert pose_kind(load_teacher("tests.distill.test_teacher:gaussian_teacher")) == "skeleton"
+
+
+def of_another_pose() -> SimpleNamespace:
+    """A factory that wants what nobody makes."""
+    return one_that_does_not_fit(pose="heat maps")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("of_another_pose", r"wants the pose as 'heat maps': expected one of \('skeleton', 'keypoints'\)"),
         ("of_another_latent", r"latent_shape \(8, 6, 8\): expected \[8, 8, 6\]"),
         ("of_another_velocity", r"a velocity \[1, 7, 8, 6\] for one latent: expected \[1, 8, 8, 6\]"),
         ("of_numpy", r"a velocity of the type ndarray"),
