@@ -135,9 +135,7 @@ def test_the_true_map_moves_the_pixels_onto_the_target(painted: tuple[Split, Pic
     """Mirrored, shifted and scaled photos included: then some places lie outside, and are not seen."""
     batch = drawn(painted, moved)
     fetched = fetch(batch.pixels.repeat_interleave(3, 0), to_grid(batch.places, SIZE))
-    inner = (
-        torch.nn.functional.avg_pool2d(batch.seen, 5, 1, 2) > 0.999
-    )  # a place at the edge mixes with what is beside it
+    inner = torch.nn.functional.avg_pool2d(batch.seen, 5, 1, 2) > 0.999  # an edge mixes with what is beside it
     assert inner.sum() > 100
     error = (fetched - batch.pictures).abs().mean(1, keepdim=True)[inner]
     assert error.median() < 0.06
