@@ -13,6 +13,7 @@ from rpfm_edge import api, artifact, assets
 from rpfm_edge.artifact import EVIDENCE, Artifact
 from rpfm_edge.bench import bench_backend
 from rpfm_edge.bundle import add_evidence
+from rpfm_edge.detail import count_scored
 from rpfm_edge.flicker import open_clips
 from rpfm_edge.image import save_png
 from rpfm_edge.metrics import Budget
@@ -153,7 +154,7 @@ def write_page(
             "commands": [f"rpfm-edge run {path}"],
             "counts": {"held-out pairs": len(found["pairs"]), "frames at least": recipe.bench.runs},
             "seeds": {"recipe": recipe.seed},
-            "notes": [*speed_notes(found), *truth_notes(gain)],
+            "notes": [*speed_notes(found), *truth_notes(gain), *detail_notes(found)],
         },
     }
     plan = out.parent / "graphs" / "auto" / "evidence" / "plan.json"
@@ -237,6 +238,12 @@ def speed_notes(found: Mapping[str, Any]) -> list[str]:
     return [
         f"{s['backend']} {s['precision']}: {'stable' if s['frame']['stable'] else 'not stable'}" for s in found["speed"]
     ]
+
+
+def detail_notes(found: Mapping[str, Any]) -> list[str]:
+    """On how many pairs detail was scored, unless on all."""
+    words = count_scored(found["stages"], len(found["pairs"]))
+    return [words] if words else []
 
 
 def truth_notes(gain: Mapping[str, Any] | None) -> list[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -159,3 +160,10 @@ def steadiness(videos: Sequence[np.ndarray], clips: Sequence[Clip]) -> dict[str,
     pairs = [(video, clip.truth) for video, clip in zip(videos, clips, strict=True)]
     measures = {"flicker": flicker_levels, "motion": motion_ratio}
     return {"flicker": {name: statistics([measure(*pair) for pair in pairs]) for name, measure in measures.items()}}
+
+
+def over_truth(stages: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Stage → its mean flicker in multiples of the stage ``ground truth``'s own, where both were measured."""
+    means = {stage["stage"]: stage["flicker"]["flicker"]["mean"] for stage in stages if "flicker" in stage}
+    own = means.get("ground truth")
+    return {name: mean / own for name, mean in means.items()} if own else {}

@@ -339,6 +339,7 @@ class Budget:
     ssim_min: float | None = None
     flip_max: float | None = None
     lpips_max: float | None = None
+    detail_min: float | None = None
     pck_min: float | None = None
     flicker_max: float | None = None
 
@@ -395,7 +396,7 @@ def require_distances(budget: Budget, origin: str = "a budget") -> None:
     limits, missing = {key: value for key, value in asdict(budget).items() if value is not None}, missing_metrics()
     for limit in limits:
         metric = limit.rpartition("_")[0]
-        if metric in ("flicker", "pck"):
+        if metric in ("detail", "flicker", "pck"):
             raise ConfigError(
                 f"{origin} with {limit}",
                 expected="limits on the distance to the float graph",

@@ -18,12 +18,14 @@ import numpy as np
 
 from rpfm_edge.artifact import write_text
 from rpfm_edge.errors import ConfigError, InputError
+from rpfm_edge.flicker import over_truth
 from rpfm_edge.frontier_table import COLUMNS, caption, lines, points
 from rpfm_edge.measure import Latency
-from rpfm_edge.metrics import METRICS, Summary, check_image, check_pair, import_extra
+from rpfm_edge.metrics import METRICS, Summary, check_image, check_pair, import_extra, statistics
 from rpfm_edge.plan_table import COLUMNS as PLAN_COLUMNS
 from rpfm_edge.plan_table import plan_caption, plan_lines, psnr_db
 from rpfm_edge.plots import Layer, frontier_plot, histogram, loss_plot, plan_plot, sensitivity_plot, validation_plot
+from rpfm_edge.validate import beside_distances
 
 ERROR_SCALE = 64  # of 255: the mean absolute error over the channels that gets the brightest colour
 Picture = np.ndarray | str | Path  # uint8 (H, W, 3) RGB, or a PNG or JPEG file, relative to the folder of the page
@@ -41,7 +43,9 @@ DRIFT_COLUMNS = {name: Column(metric.title, metric.higher_is_better) for name, m
 MOTION_COLUMNS = {
     "pck": Column("PCK", True, "mean"),  # most pictures have all joints right, so a median is soon 1
     "pck_unsided": Column("unsided", True, "mean"),
+    "detail": Column("Detail", True),
     "flicker": Column("Flicker", False, "mean"),
+    "flicker_ratio": Column("Flicker × truth", None, "mean"),
     "motion": Column("Motion", None, "mean"),
 }
 
@@ -67,13 +71,15 @@ class PictureRow(TypedDict, total=False):
 class DriftStage(TypedDict, total=False):
     """A stage (``student, 2 steps``, ``int8``, …) against the teacher at the same noise, and the ground truth.
 
-    ``pose`` (``pck``, ``pck_unsided``) and ``flicker`` (``flicker``, ``motion``) stand in a table of their own.
+    ``pose`` (``pck``, ``pck_unsided``), ``detail`` (``detail``) and ``flicker`` (``flicker``, ``motion``) stand in a
+    table of their own.
     """
 
     stage: str
     against_teacher: Summary
     against_truth: Summary
     pose: Summary
+    detail: Summary
     flicker: Summary
 
 
@@ -274,17 +280,18 @@ def _pixels(picture: Picture, folder: Path) -> np.ndarray:
 
 
 def _drift_tables(drift: Drift) -> list[dict[str, Any]]:
-    """One table per reference, and one of poses and flicker."""
+    """One table per reference, and one of poses, detail and flicker."""
     stages = drift.get("stages", ())
+    ratios = {stage: {"flicker_ratio": statistics([ratio])} for stage, ratio in over_truth(stages).items()}
     teacher = [(stage["stage"], stage.get("against_teacher", {})) for stage in stages]
     truth = [(stage["stage"], stage.get("against_truth", {})) for stage in stages]
-    motion = [(stage["stage"], {**stage.get("pose", {}), **stage.get("flicker", {})}) for stage in stages]
+    motion = [(s["stage"], {**beside_distances(s), **ratios.get(s["stage"], {})}) for s in stages]
     return [
         _drift_table(title, [(stage, summary) for stage, summary in found if summary], columns)
         for title, found, columns in (
             ("Against the teacher, same noise", teacher, DRIFT_COLUMNS),
             ("Against the ground truth", truth, DRIFT_COLUMNS),
-            ("Poses and flicker", motion, MOTION_COLUMNS),
+            ("Poses, detail and flicker", motion, MOTION_COLUMNS),
         )
         if any(summary for _, summary in found)
     ]

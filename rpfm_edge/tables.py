@@ -8,9 +8,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rpfm_edge.detail import count_scored
+from rpfm_edge.flicker import over_truth
 from rpfm_edge.frontier_table import lines
 from rpfm_edge.plan_table import plan_lines, verdict
-from rpfm_edge.validate import plural
+from rpfm_edge.validate import beside_distances, plural
 
 console = Console()
 
@@ -49,7 +51,7 @@ def frontier(result: Mapping[str, Any]) -> None:
 
 
 def drift(evidence: Mapping[str, Any]) -> None:
-    """Every stage against teacher and truth, then poses and flicker."""
+    """Every stage against teacher and truth, then poses, detail and flicker."""
     metrics = {"psnr_db": ".1f", "ssim": ".3f", "flip": ".3f"}
     shown = table("stage", *(title for _ in range(2) for title in ("PSNR", "SSIM", "FLIP")))
     count = len(evidence["pairs"])
@@ -67,17 +69,24 @@ def drift(evidence: Mapping[str, Any]) -> None:
 
 
 def _motion(evidence: Mapping[str, Any]) -> None:
-    """Poses and flicker, of the stages that were measured, and why the others were not."""
-    shown = table("stage", "PCK", "unsided", "flicker", "motion")
-    shown.title = "means; flicker in levels of 255; motion over the truth's"
-    for stage in evidence["stages"]:
-        found = {**stage.get("pose", {}), **stage.get("flicker", {})}
-        cells = [found[name]["mean"] if name in found else None for name in ("pck", "pck_unsided", "flicker", "motion")]
+    """Poses, detail and flicker, of the stages that were measured, and why the others were not."""
+    shown = table("stage", "PCK", "unsided", "detail", "flicker", "× truth", "motion")
+    shown.title = "means, of detail medians; flicker in levels of 255 and over the truth's, as motion is"
+    shown.collapse_padding = True
+    stages = evidence["stages"]
+    ratios = over_truth(stages)
+    for stage in stages:
+        found = beside_distances(stage)
+        cells = {name: one["median" if name == "detail" else "mean"] for name, one in found.items()}
+        cells |= {"ratio": ratios[stage["stage"]]} if stage["stage"] in ratios else {}
         if found:
-            shown.add_row(stage["stage"], *("–" if cell is None else f"{cell:.3f}" for cell in cells))
+            names = ("pck", "pck_unsided", "detail", "flicker", "ratio", "motion")
+            shown.add_row(stage["stage"], *(f"{cells[name]:.3f}" if name in cells else "–" for name in names))
     if shown.row_count:
         console.print(shown)
-    for name in ("pck", "flicker"):
+    if words := count_scored(stages, len(evidence["pairs"])):
+        say(words)
+    for name in ("pck", "detail", "flicker"):
         if name in evidence["missing"]:
             say(f"{name} was not measured: {evidence['missing'][name]}")
 

@@ -1,6 +1,7 @@
 """Quality on held-out identities: a bundle against its teacher at the same noise, and both against the ground truth.
 
-Beside the distances to these: where the joints are (``keypoints``), and how steady videos are (``flicker``).
+Beside the distances to these: what of the truth's ``detail`` is there, where the joints are (``keypoints``), and how
+steady videos are (``flicker``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from rpfm_edge import measure, metrics
 from rpfm_edge.artifact import Artifact
 from rpfm_edge.data import Split
+from rpfm_edge.detail import missing_detail, sharpness
 from rpfm_edge.errors import ConfigError, InputError
 from rpfm_edge.flicker import Clip, ClipConfig, missing_clips, open_clips, steadiness
 from rpfm_edge.keypoints import missing_pose, pose_accuracy, scored
@@ -133,20 +135,26 @@ def teacher_videos(teacher: str | Path, clips: Sequence[Clip]) -> list[np.ndarra
 
 
 def drift(images: np.ndarray, teacher: np.ndarray, truths: np.ndarray) -> dict[str, Any]:
-    """A stage's distances to the teacher's images and to the ground truth."""
-    return {"against_teacher": metrics.compare(teacher, images), "against_truth": metrics.compare(truths, images)}
+    """A stage's distances to the teacher's images and to the ground truth, and the truth's detail in it."""
+    distances = {"against_teacher": metrics.compare(teacher, images), "against_truth": metrics.compare(truths, images)}
+    return distances | sharpness(images, truths)
 
 
 def measure_stage(
     images: np.ndarray, teacher: np.ndarray, pairs: Pairs, videos: Sequence[np.ndarray], clips: Sequence[Clip]
 ) -> dict[str, Any]:
-    """A stage's drift, accuracy of poses (if it can be told) and flicker (if there are videos)."""
+    """A stage's drift with detail, accuracy of poses (if it can be told) and flicker (if there are videos)."""
     return drift(images, teacher, pairs.truths) | pose_accuracy(images, pairs.poses) | steadiness(videos, clips)
 
 
 def limited(stage: Mapping[str, Any]) -> Summary:
-    """What a budget limits, of a stage: the distances to the teacher, the accuracy of poses, the flicker."""
-    return {**stage["against_teacher"], **stage.get("pose", {}), **stage.get("flicker", {})}
+    """What a budget limits, of a stage: the distances to the teacher, and what is measured beside distances."""
+    return {**stage["against_teacher"], **beside_distances(stage)}
+
+
+def beside_distances(stage: Mapping[str, Any]) -> Summary:
+    """What was measured of a stage beside distances: poses, detail, flicker."""
+    return {**stage.get("pose", {}), **stage.get("detail", {}), **stage.get("flicker", {})}
 
 
 def teacher_stages(
@@ -162,7 +170,8 @@ def teacher_stages(
     reference, few = (REFERENCE_STEPS, REFERENCE_SOLVER), (steps, "euler")
     made = teacher_images(teacher, *pairs.inputs, {reference, few})
     whole = {"against_truth": metrics.compare(pairs.truths, made[reference])}
-    whole |= pose_accuracy(made[reference], pairs.poses) | steadiness(teacher_videos(teacher, clips), clips)
+    whole |= sharpness(made[reference], pairs.truths) | pose_accuracy(made[reference], pairs.poses)
+    whole |= steadiness(teacher_videos(teacher, clips), clips)
     return made[reference], [
         {"stage": "teacher, reference", **whole},
         {"stage": f"teacher, {plural(steps)}", **measure_stage(made[few], made[reference], pairs, (), ())},
@@ -170,8 +179,9 @@ def teacher_stages(
 
 
 def truth_stages(pairs: Pairs, clips: Sequence[Clip]) -> list[dict[str, Any]]:
-    """The ground truth as the last stage: what the measures of poses and flicker find on it. None without these."""
-    found = pose_accuracy(pairs.truths, pairs.poses) | steadiness([clip.truth for clip in clips], clips)
+    """The ground truth as the last stage: what the measures beside distances find on it. None without these."""
+    found: dict[str, Any] = sharpness(pairs.truths, pairs.truths) | pose_accuracy(pairs.truths, pairs.poses)
+    found |= steadiness([clip.truth for clip in clips], clips)
     return [{"stage": "ground truth", **found}] if found else []
 
 
@@ -192,8 +202,8 @@ def circumstances(pairs: Pairs, clips: Sequence[Clip] = (), missing: Mapping[str
 
 
 def missing_measures(pairs: Pairs, split: Split, filmed: ClipConfig) -> dict[str, str]:
-    """Which of ``pck`` and ``flicker`` cannot be measured here, and why."""
-    reasons = {"pck": missing_pose(), "flicker": missing_clips(split, filmed)}
+    """Which of ``pck``, ``detail`` and ``flicker`` cannot be measured here, and why."""
+    reasons = {"pck": missing_pose(), "detail": missing_detail(pairs.truths), "flicker": missing_clips(split, filmed)}
     if not scored(pairs.poses, (pairs.truths.shape[1], pairs.truths.shape[2])).any():
         reasons["pck"] = "no pose has neck and hip"
     return {name: reason for name, reason in reasons.items() if reason}

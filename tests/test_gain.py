@@ -6,19 +6,25 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from distill.export import export
 from distill.student import DistillConfig, Student, save_student
 from distill.teacher import save_teacher
 from recipes import judge_students
-from rpfm_edge import gain, metrics
-from rpfm_edge.errors import ConfigError, InputError
+from rpfm_edge import api, gain, metrics
+from rpfm_edge.data import open_split, sample_root
+from rpfm_edge.detail import detail
+from rpfm_edge.errors import BackendError, ConfigError, InputError
+from rpfm_edge.flicker import ClipConfig, flicker_levels, open_clips
 from rpfm_edge.gain import GainConfig, compare_truth, draw_chunks, measure_gain, merge
 from rpfm_edge.splits import open_splits
-from rpfm_edge.validate import draw_pairs
+from rpfm_edge.validate import bundle_images, bundle_videos, draw_pairs
+from tests.blob import blob_network
 from tests.distill.tiny import NETWORK, SIZE, toy_teacher
 
 CONFIG = GainConfig(pairs=5, seed=3, chunk=2, batch=2, metrics=("psnr_db", "ssim"))
@@ -119,6 +125,8 @@ def test_merged_statistics_are_those_of_the_whole() -> None:
     values = np.random.default_rng(0).normal(size=11).tolist()
     parts = [{"a": {"b": metrics.statistics(values[i : i + 4])}, "names": values[i : i + 4]} for i in (0, 4, 8)]
     assert merge(parts) == {"a": {"b": metrics.statistics(values)}, "names": values}
+    parts[0]["a"] = {}  # where nobody could be scored
+    assert merge(parts) == {"a": {"b": metrics.statistics(values[4:])}, "names": values}
 
 
 def summary(mse: list[float], flip: list[float]) -> dict[str, Any]:
@@ -176,12 +184,76 @@ def test_what_cannot_be_measured(models: dict[str, Path], tmp_path: Path) -> Non
         list(draw_chunks(nothing, (1,), CONFIG))
 
 
+# Bundles, poses, detail and clips -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bundle(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The student of two steps as an engine."""
+    folder = tmp_path_factory.mktemp("bundle")
+    return api.build(export(models["two"], folder / "graph").path, folder / "engine", "onnxruntime").path
+
+
+@pytest.fixture
+def filmed_people(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """All of the sample as the test split, so that its clip counts."""
+    split = open_split(sample_root(), "test")
+    monkeypatch.setattr(gain, "open_splits", lambda _: SimpleNamespace(test=split))
+    return split
+
+
+def test_bundles_are_judged_and_filmed(
+    models: dict[str, Path], bundle: Path, filmed_people: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The figures against pictures and clips that are made here."""
+    monkeypatch.setenv("RPFM_EDGE_POSE", str(blob_network(tmp_path / "blob.xml")))
+    config = replace(CONFIG, pairs=3, poses=True, filmed=ClipConfig(count=1, frames=3))
+    students, out = {"two": models["two"]}, tmp_path / "gain.json"
+    result = measure_gain(models["teacher"], students, "sample", out, config, {"engine": bundle})
+    name = "engine, fp32, onnxruntime"
+    measured, student = result["bundles"][name]["2"], result["students"]["two"]["2"]
+    pairs = draw_pairs(filmed_people, 3, SIZE, NETWORK.latent_shape, seed=3)
+    images = bundle_images(bundle, "onnxruntime", pairs)
+    assert measured["against_truth"] == metrics.compare(pairs.truths, images, CONFIG.metrics)
+    expected = [detail(image, truth) for image, truth in zip(images, pairs.truths, strict=True)]
+    assert measured["detail"]["detail"]["values"] == expected
+    np.testing.assert_allclose(student["detail"]["detail"]["values"], expected, atol=0.02)
+    assert result["ground_truth"]["detail"]["detail"]["values"] == [1, 1, 1]
+    assert all("pck" in one["pose"] for one in (measured, student, result["reference"], result["ground_truth"]))
+    (clip,) = open_clips(filmed_people, config.filmed, SIZE, NETWORK.latent_shape, 3)
+    (video,) = bundle_videos(bundle, "onnxruntime", [clip])
+    assert list(result["flicker"]) == ["teacher, reference", name, "ground truth"]
+    assert result["flicker"][name]["flicker"]["values"] == [flicker_levels(video, clip.truth)]
+    assert [(row["student"], row["steps"]) for row in result["truth"]] == [("two", 2), (name, 2)]
+    assert result["truth"][1]["mse"]["ratio"] == pytest.approx(result["truth"][0]["mse"]["ratio"], abs=0.01)
+    assert not {"pck", "detail", "flicker"} & set(result["missing"])
+
+    for slow in ("read_pairs", "bundle_videos"):
+        monkeypatch.setattr(gain, slow, None)  # all of it is kept
+    assert measure_gain(models["teacher"], students, "sample", out, config, {"engine": bundle}) == result
+
+
+def test_what_bundles_must_be(models: dict[str, Path], bundle: Path, tmp_path: Path) -> None:
+    students, out = {"two": models["two"]}, tmp_path / "gain.json"
+    with pytest.raises(BackendError, match="has no engine for openvino"):
+        measure_gain(models["teacher"], students, "sample", out, replace(CONFIG, backend="openvino"), {"a": bundle})
+    other = SimpleNamespace(config={"size": (64, 64), "latent_shape": NETWORK.latent_shape})
+    with pytest.raises(ConfigError, match=r"wide of \(64, 64\), two of \(64, 48\): expected students of one size"):
+        gain._common_shape(students, {"wide": (other, "onnxruntime")})  # type: ignore[dict-item]
+
+
+def test_what_was_not_measured_has_a_reason(models: dict[str, Path], found: tuple[dict[str, Any], Path]) -> None:
+    assert found[0]["missing"]["pck"] == "poses were not asked for"
+    assert found[0]["missing"]["flicker"] == "no clips were asked for"
+    assert "detail" not in found[0]["missing"]
+
+
 # The command ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def judge(models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    def run(*students: Path, pairs: int = 2, code: int = 0) -> str:
+    def run(*students: Path | str | int, pairs: int = 2, code: int = 0) -> str:
         arguments = [models["teacher"], *students, "--data", "sample", "--out", tmp_path / "judged.json"]
         arguments += ["--pairs", pairs, "--chunk", 1, "--metrics", "psnr_db"]
         assert judge_students.main([str(a) for a in arguments]) == code
@@ -202,5 +274,21 @@ def test_the_command_prints_every_student(judge: Callable[..., str], models: dic
 
 
 def test_the_command_says_what_is_wrong(judge: Callable[..., str], models: dict[str, Path]) -> None:
-    assert "two students of one name" in judge(models["two"], models["two"], code=2)
+    assert "two students or bundles of one name" in judge(models["two"], models["two"], code=2)
     assert "judge_students: 0 pairs" in judge(models["two"], pairs=0, code=2)
+
+
+def test_the_command_judges_a_bundle_beside_them(
+    judge: Callable[..., str], models: dict[str, Path], bundle: Path, filmed_people: Any, tmp_path: Path
+) -> None:
+    printed = judge(models["two"], "--bundles", bundle, "--frames", 2)
+    result = json.loads((tmp_path / "judged.json").read_text())
+    name = "engine, fp32, onnxruntime"
+    lines = [" ".join(line.split()) for line in printed.splitlines()]
+    flicker = {model: found["flicker"]["mean"] for model, found in result["flicker"].items()}
+    detail = result["bundles"][name]["2"]["detail"]["detail"]["median"]
+    ratio = flicker[name] / flicker["ground truth"]
+    line = [line for line in lines if line.startswith(f"{name}, 2 steps")][-1]  # of poses, detail and flicker
+    assert f"{detail:.3f} {flicker[name]:.3f} {ratio:.3f}" in line
+    assert any(line.startswith(f"{name} 2 ") for line in lines)  # and its error in multiples of the teacher's
+    assert "two students or bundles of one name" in judge(bundle, "--bundles", bundle, code=2)

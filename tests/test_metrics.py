@@ -296,6 +296,12 @@ def test_budget_limits_the_mean_of_pck_and_flicker() -> None:
     assert Budget(flicker_max=9).check({"flicker": statistics([math.nan])})
 
 
+def test_budget_limits_the_median_of_detail() -> None:
+    summary = {"detail": statistics([0.1, 0.5, 0.6])}
+    assert Budget(detail_min=0.5).check(summary) == []
+    assert Budget(detail_min=0.51).check(summary) == ["detail median 0.5 is below the limit 0.51 (detail_min)"]
+
+
 def test_budget_never_passes_what_was_not_measured() -> None:
     assert Budget(lpips_max=0.1).check({}) == ["lpips was not measured, the limit is 0.1 (lpips_max)"]
     assert len(Budget(ssim_min=0.9, flip_max=0.1).check({n: statistics([math.nan]) for n in ("ssim", "flip")})) == 2

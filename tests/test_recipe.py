@@ -128,6 +128,7 @@ def test_the_chain_for_a_gpu_is_the_one_that_is_tried_at_toy_size(name: str) -> 
         (f"{AUTO}[build]\ntargets = ['openvino', 'tensorrt']", "precision auto for", "together"),
         (f"{TWO}[qad]\nprecision = 'int4-weights'", "[qad] for int4-weights and [quantize]", "together"),
         (f"{AUTO}budget = {{pck_min = 0.9}}", "[quantize.budget] with pck_min", "distance to the float graph"),
+        (f"{AUTO}budget = {{detail_min = 0.5}}", "[quantize.budget] with detail_min", "distance to the float graph"),
         (f"{AUTO}budget = {{flicker_max = 2}}", "[quantize.budget] with flicker_max", "distance to the float graph"),
         (f"{AUTO}budget = {{lpips_max = 0.1}}", "lpips_max, which cannot be measured here", "other limits"),
         (f"{TWO}[validate.budget]\npsnr_min = 30", "[validate.budget] has 'psnr_min'", "'psnr_db_min'"),

@@ -105,8 +105,10 @@ def full(words: str = "words") -> Evidence:
                     "against_teacher": summary(31.0, 32.0, math.inf),
                     "against_truth": summary(20.0, 20.5, 21.0),
                     "pose": {"pck": statistics([0.5, 1.0, 1.0]), "pck_unsided": statistics([0.75, 1.0, 1.0])},
+                    "detail": {"detail": statistics([0.25, 0.5, 0.875])},
                 },
                 {"stage": "film", "flicker": {"flicker": statistics([1.5, 2.0]), "motion": statistics([0.75, 1.0])}},
+                {"stage": "ground truth", "flicker": {"flicker": statistics([0.5]), "motion": statistics([1.0])}},
             ],
             "missing": {"lpips": f"weights {words}"},
             "note": words,
@@ -244,7 +246,8 @@ def test_figures_are_the_ones_given(tmp_path: Path) -> None:
     assert "34.2 words" in words
     assert "words 32.0 31.0 0.320 ∞ 3" in words  # PSNR: median, 5th percentile; FLIP: median, 95th; images
     assert "teacher 22.0 21.0 0.220 0.230 3" in words
-    assert "Motion words 0.833 0.500 0.917 0.750 — — film — — 1.75 2.00 0.875" in words  # means and tails
+    assert "Detail ↑ Flicker ↓ Flicker × truth Motion words 0.833 0.500 0.917 0.750 0.500 0.250 — — —" in words  # tails
+    assert "film — — — 1.75 2.00 3.50 0.875 ground truth — — — 0.500 0.500 1.00 1.00" in words
     assert "4 of 8 usable" in words
     assert "16.0 GiB" in words
     assert "LPIPS: weights words" in words

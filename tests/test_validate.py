@@ -1,4 +1,4 @@
-"""What validate adds to the distances: poses and flicker, in the evidence, the budget and the table."""
+"""What validate adds to the distances: poses, detail and flicker, in the evidence, the budget and the table."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from distill.reference import REFERENCE_SOLVER, REFERENCE_STEPS, teacher_images
 from rpfm_edge import api, tables
 from rpfm_edge.artifact import Artifact
 from rpfm_edge.data import Split, open_split, read_clip, sample_root
+from rpfm_edge.detail import detail
 from rpfm_edge.errors import ConfigError
 from rpfm_edge.flicker import ClipConfig, flicker_levels, motion_ratio, open_clips
 from rpfm_edge.metrics import Budget, compare
@@ -58,20 +59,23 @@ def test_poses_and_flicker_of_every_stage(
 ) -> None:
     monkeypatch.setenv("RPFM_EDGE_POSE", str(blob_network(tmp_path / "blob.xml")))
     filmed = ClipConfig(count=1, frames=3, teacher=True)
-    budget = Budget(psnr_db_min=0.1, pck_min=1.1, flicker_max=-1)
+    budget = Budget(psnr_db_min=0.1, detail_min=0.99, pck_min=1.1, flicker_max=-1)
     found = measured(bundle, teacher, split, budget, filmed)
     stages = {stage["stage"]: stage for stage in found["stages"]}
     reference, few, own, truth = stages.values()
     assert list(stages)[-1] == "ground truth"
-    assert [set(stage) & {"pose", "flicker"} for stage in (reference, few, own, truth)] == [
-        {"pose", "flicker"}, {"pose"}, {"pose", "flicker"}, {"pose", "flicker"}
+    still, filmed_too = {"pose", "detail"}, {"pose", "detail", "flicker"}
+    assert [set(stage) & filmed_too for stage in (reference, few, own, truth)] == [
+        filmed_too, still, filmed_too, filmed_too
     ]  # fmt: skip
+    assert truth["detail"]["detail"]["values"] == [1, 1]
     assert all(set(stage["pose"]) == {"pck", "pck_unsided"} for stage in stages.values())
     assert truth["flicker"]["motion"]["values"] == [1]
-    assert not {"pck", "flicker"} & set(found["missing"])
+    assert not {"pck", "detail", "flicker"} & set(found["missing"])
     assert found["clips"] == [{"name": "p00999", "frames": 3}]
     levels, share = own["flicker"]["flicker"]["mean"], own["pose"]["pck"]["mean"]
     assert found["violations"] == [
+        f"onnxruntime: detail median {own['detail']['detail']['median']:.4g} is below the limit 0.99 (detail_min)",
         f"onnxruntime: pck mean {share:.4g} is below the limit 1.1 (pck_min)",
         f"onnxruntime: flicker mean {levels:.4g} is above the limit -1 (flicker_max)",
     ]
@@ -96,7 +100,7 @@ def test_what_cannot_be_measured_is_said_and_breaks_its_limit(
     bundle: Artifact, teacher: Path, split: Split, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = measured(bundle, teacher, split, Budget(pck_min=0.9, flicker_max=2.0), ClipConfig(count=0))
-    assert [stage["stage"] for stage in found["stages"]][-1] == "bundle, 2 steps, fp32, onnxruntime"
+    assert found["stages"][-1].keys() == {"stage", "detail"}
     assert not [stage for stage in found["stages"] if {"pose", "flicker"} & set(stage)]
     assert found["violations"] == [
         "onnxruntime: pck was not measured, the limit is 0.9 (pck_min)",
@@ -106,6 +110,22 @@ def test_what_cannot_be_measured_is_said_and_breaks_its_limit(
     printed = " ".join(capsys.readouterr().out.split())
     assert "pck was not measured: the network is not at hand (run: python -m rpfm_edge.keypoints, or set" in printed
     assert "flicker was not measured: no clips were asked for" in printed
+    assert "ground truth – – 1.000 – – –" in printed
+    assert "detail was" not in printed
+
+
+@pytest.mark.usefixtures("no_network")
+def test_detail_where_nobody_can_be_seen(
+    bundle: Artifact, teacher: Path, split: Split, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = np.full((*SIZE, 3), 128, np.uint8)
+    monkeypatch.setattr(Split, "image", lambda *_: plain)
+    found = measured(bundle, teacher, split, Budget(detail_min=0), ClipConfig(count=0))
+    assert found["violations"] == ["onnxruntime: detail was not measured, the limit is 0 (detail_min)"]
+    assert [stage["stage"] for stage in found["stages"]][-1] == "bundle, 2 steps, fp32, onnxruntime"
+    tables.drift(found)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "detail was not measured: nobody stands out from the background" in printed
     assert "PCK" not in printed
 
 
@@ -120,11 +140,16 @@ def test_each_pair_has_its_own_noise_and_both_references(bundle: Artifact, teach
         )
     one_by_one = [teacher_images(teacher, *(part[i : i + 1] for part in pairs.inputs), [REFERENCE]) for i in range(2)]
     wanted = np.concatenate([made[REFERENCE] for made in one_by_one])
-    assert measured(bundle, teacher, split, Budget(), ClipConfig(count=0))["stages"][-1] == {
+    reference, _, mine, _ = measured(bundle, teacher, split, Budget(), ClipConfig(count=0))["stages"]
+    assert mine == {
         "stage": "bundle, 2 steps, fp32, onnxruntime",
         "against_teacher": compare(wanted, own),
         "against_truth": compare(pairs.truths, own),
+        "detail": mine["detail"],
     }
+    for stage, images in ((reference, wanted), (mine, own)):
+        kept = [detail(image, truth) for image, truth in zip(images, pairs.truths, strict=True)]
+        assert stage["detail"]["detail"]["values"] == kept
 
 
 def test_targets_without_a_visible_joint_are_left_out(split: Split) -> None:
@@ -162,12 +187,19 @@ def test_the_table_gives_means(capsys: pytest.CaptureFixture[str]) -> None:
     stages = [
         stage("teacher, reference", against_truth={"psnr_db": {"median": 18.44}}, pose=pose),
         stage("student", against_teacher={"psnr_db": {"median": 31.1}}),
+        stage("bundle", flicker={"flicker": {"mean": 0.9990}, "motion": {"mean": 0.5}}),
+        stage("smear", detail={"detail": {"median": 0.25, "mean": 0.5, "values": [0.25]}}),
         stage("ground truth", flicker={"flicker": {"mean": 0.3996}, "motion": {"mean": 1.0}}),
     ]
-    tables.drift({"stages": stages, "missing": {"lpips": "weights not at hand"}, "pairs": [("a", "b")]})
-    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    tables.drift({"stages": stages, "missing": {"lpips": "weights not at hand"}, "pairs": [("a", "b")] * 2})
+    printed = capsys.readouterr().out.splitlines()
+    assert max(map(len, printed)) <= 80
+    lines = [" ".join(line.split()) for line in printed]
     assert "teacher, reference – – – 18.4 – –" in lines
-    assert "teacher, reference 0.812 0.900 – –" in lines
-    assert "ground truth – – 0.400 1.000" in lines
+    assert "teacher, reference 0.812 0.900 – – – –" in lines
+    assert "bundle – – – 0.999 2.500 0.500" in lines  # its flicker is 2.5 times the truth's
+    assert "smear – – 0.250 – – –" in lines  # the median
+    assert "ground truth – – – 0.400 1.000 1.000" in lines
+    assert "detail was scored on 1 of 2 pairs" in lines
     assert sum("student" in line for line in lines) == 1
     assert sum("ground truth" in line for line in lines) == 1
