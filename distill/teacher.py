@@ -189,13 +189,17 @@ class RPFMTeacher:
 
     @torch.no_grad()
     def condition(self, source: Source, pose: Tensor) -> Tensors:
-        """The network's tensors of source and pose, and those of no source behind ``null_``, each for B images."""
+        """The network's tensors of source and pose, each for B images; with guidance those of no source besides, behind
+        ``null_``."""
         count = len(pose)
         tensors = per_target(self.network.source(source), count // len(source.latent))
+        tensors |= encode_pose(self.network, self.autoencoder, pose, tensors)
+        if self.guidance.scale == 1.0:
+            return tensors
         nothing = torch.zeros(1, dtype=torch.bool, device=source.latent.device)
         null = self.network.source(source.first(1), keep=nothing)
         without = {NULL + name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in null.items()}
-        return tensors | encode_pose(self.network, self.autoencoder, pose, tensors) | without
+        return tensors | without
 
     @torch.no_grad()
     def velocity(self, x: Tensor, t: float, condition: Tensors) -> Tensor:
