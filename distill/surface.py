@@ -19,7 +19,7 @@ import numpy as np
 from rpfm_edge.data import Split
 from rpfm_edge.errors import InputError
 
-LOW, HIGH = np.float32((-1.0, -0.35, -0.05)), np.float32((1.0, 0.35, 1.95))
+LOW, HIGH = np.array((-1.0, -0.35, -0.05), np.float32), np.array((1.0, 0.35, 1.95), np.float32)
 LAYERS = ("background", "skin", "eyes", "top", "trousers", "skirt", "shoes", "hair")
 NEAR_M = 0.03  # two points of the body that are one place
 _SPREAD_PX = 6  # of the nearest four pixels: further apart they are on two limbs, and no mean is taken
@@ -78,7 +78,7 @@ def _read_strip(file: Path) -> np.ndarray:
 
 def mirrored(surface: Surface) -> Surface:
     """The map of the mirrored picture."""
-    return Surface(surface.points[:, ::-1] * np.float32((-1, 1, 1)), surface.layers[:, ::-1])
+    return Surface(surface.points[:, ::-1] * np.array((-1, 1, 1), np.float32), surface.layers[:, ::-1])
 
 
 def search_trees(source: Surface) -> Trees:
