@@ -107,9 +107,13 @@ class FlowMatchingLoss(nn.Module):
         posed = encode_pose(self.network, self._autoencoder[0], pose, tensors)
         kept = keep.repeat_interleave(targets_per_source)
         tensors |= {name: tensor * _beside(kept, tensor) for name, tensor in posed.items()}
-        x_t = interpolate(noise, target, t[:, None, None, None], sigma_min)
+        start = self.network.start(noise, tensors).detach().float()
+        x_t = interpolate(start, target, t[:, None, None, None], sigma_min)
         velocity = self.network(x_t, t, **tensors)
-        return F.mse_loss(velocity.float(), target_velocity(noise, target, sigma_min))
+        loss = F.mse_loss(velocity.float(), target_velocity(start, target, sigma_min))
+        if "prior" in posed:  # learnt by itself: the flow takes it as it is
+            loss = loss + F.mse_loss(posed["prior"][kept].float(), target[kept]) if kept.any() else loss
+        return loss
 
 
 def _beside(values: Tensor, tensor: Tensor) -> Tensor:
@@ -201,6 +205,10 @@ class RPFMTeacher:
         without = {NULL + name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in null.items()}
         return tensors | without
 
+    def start(self, noise: Tensor, condition: Tensors) -> Tensor:
+        """Where the network's flow starts."""
+        return self.network.start(noise, condition).float()
+
     @torch.no_grad()
     def velocity(self, x: Tensor, t: float, condition: Tensors) -> Tensor:
         """The guided velocity; one network evaluation where the guidance scale is 1, two elsewhere."""
@@ -231,7 +239,14 @@ def move(teacher: Teacher, device: torch.device | str) -> None:
 
 def sample_teacher(teacher: Teacher, noise: Tensor, condition: Any, steps: int, solver: Solver = "euler") -> Tensor:
     """The latent at t = 1 from (B, C, h, w) noise."""
-    return solve(lambda x, t: teacher.velocity(x, t, condition), noise, time_grid(steps), solver)[-1]
+    begin = first_state(teacher, noise, condition)
+    return solve(lambda x, t: teacher.velocity(x, t, condition), begin, time_grid(steps), solver)[-1]
+
+
+def first_state(teacher: Teacher, noise: Tensor, condition: Any) -> Tensor:
+    """Where the teacher's paths start: at the noise, unless it says otherwise."""
+    begin: Tensor = teacher.start(noise, condition) if hasattr(teacher, "start") else noise
+    return begin
 
 
 # Artifact ------------------------------------------------------------------------------------------------------------

@@ -257,9 +257,23 @@ def test_masks_are_shares(photos: Tensor, joints: Tensor) -> None:
     alignment = Alignment(SIZE).eval()
     with torch.no_grad():
         seen, aligned = alignment(photos, joints, joints.flip(0))
-        moved = move(aligned, photos, seen.fine)
+        moved = move(aligned, photos, seen.fine, torch.ones(2, 3, 1, 1))
     assert moved["masks"].shape == (2, 9, SIZE[0] // 2, SIZE[1] // 2)
     assert torch.allclose(moved["masks"][:, 1:].sum(1), torch.ones(2, SIZE[0] // 2, SIZE[1] // 2), atol=1e-5)
+
+
+def test_the_flow_starts_around_the_latent_of_the_moved_photo(photos: Tensor, joints: Tensor) -> None:
+    """Of an untrained network: what the autoencoder's linear path makes of the moved photo, and half the noise."""
+    network = create_network(NETWORK).eval()
+    assert isinstance(network, AlignedRPFM)
+    small = SmallAutoencoder(SmallAutoencoderConfig(widths=(8, 8, 16))).eval()
+    network.conditioner.see_as(small)
+    with torch.no_grad():
+        given = network.source(Source(small.encode(photos), photos, joints))
+        made = network.pose(joints.flip(0), given)
+        noise = torch.randn(2, 8, 8, 6)
+        begin = network.start(noise, made)
+        assert torch.allclose(begin - 0.5 * noise, small.encode(made["moved_photo"]), atol=1e-4)
 
 
 def test_a_slow_motion_moves_the_picture_slowly(photos: Tensor, joints: Tensor) -> None:
