@@ -1,7 +1,7 @@
 """What a network is conditioned on: the source of an identity, the pose of a frame, and the named tensors that it makes
 of them.
 
-A network is slotted in by four things (``Network``). What ``source`` returns becomes the outputs of ``prepare.onnx``,
+A network is slotted in by five things (``Network``). What ``source`` returns becomes the outputs of ``prepare.onnx``,
 by name, and those that ``frame.onnx`` takes its inputs; so a person is computed once, whatever the network keeps of it.
 """
 
@@ -59,6 +59,9 @@ class Network(Protocol):
 
     def pose(self, pose: Tensor, tensors: Tensors) -> Tensors:
         """Once per frame: name → tensor, all with B in front; ``tensors`` are those of ``source`` for B sources."""
+
+    def start(self, noise: Tensor, tensors: Tensors) -> Tensor:
+        """Where the flow starts, at t = 0, from (B, C, h, w) noise and the tensors of both: the noise, for most."""
 
     def __call__(self, x: Tensor, t: Tensor, d: Tensor | None = None, **tensors: Tensor) -> Tensor:
         """Velocity at (B, C, h, w) and times (B,), or the average one over [t, t + d]; all tensors of both by name."""

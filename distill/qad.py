@@ -66,7 +66,8 @@ class Rendering(nn.Module):
         step. The source is the photo alone, as from a user."""
         joints = source.new_full((len(source), 18, 2), MISSING)
         condition = self.student.condition(encoded(self.student.autoencoder, source, joints), pose)
-        _, *states = self.student.path(noise, condition, self.steps)
+        begin = self.student.network.start(noise, condition)
+        _, *states = self.student.path(begin, condition, self.steps)
         return (self.student.autoencoder.decode(states[-1], condition), *states)
 
 

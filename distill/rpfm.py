@@ -218,6 +218,10 @@ class RPFM(nn.Module):
         """``pose``: features (B, P, h, w) of skeletons (B, 3, H, W), or their latents as they are."""
         return {"pose": pose if self.pose_encoder is None else self.pose_encoder(pose)}
 
+    def start(self, noise: Tensor, tensors: Tensors) -> Tensor:
+        """Where the flow starts, at t = 0: at the noise."""
+        return noise
+
     def forward(
         self, x: Tensor, t: Tensor, d: Tensor | None = None, *, pose: Tensor, source_kv: Tensor, **others: Tensor
     ) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from distill.batches import EncodedSplit
 from distill.resident import settle
-from distill.teacher import Teacher, pose_kind
+from distill.teacher import Teacher, first_state, pose_kind
 from distill.weights import readable
 from rpfm_edge.artifact import write_bytes, write_text
 from rpfm_edge.data import Split, draw_batch
@@ -153,8 +153,9 @@ def _solve_shards(
     kind = torch.device(device).type
     with torch.autocast(kind, torch.bfloat16, enabled=_fast_bfloat16(kind)):
         condition = teacher.condition(batch.source, batch.pose)
+        begin = first_state(teacher, noise, condition)
         states = solve(
-            lambda x, t: teacher.velocity(x, t, condition).float(), noise, time_grid(config.grid), config.solver
+            lambda x, t: teacher.velocity(x, t, condition).float(), begin, time_grid(config.grid), config.solver
         )
     paths = torch.stack(states, dim=1).half().cpu().split(config.shard_size)
     return [

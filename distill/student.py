@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from distill import autoencoder as autoencoders
 from distill import targets
-from distill.aligned import create_network
+from distill.aligned import AlignedRPFM, create_network
 from distill.autoencoder import edges
 from distill.batches import EncodedSplit
 from distill.condition import Source, Tensors, encode_pose, per_target
@@ -61,15 +61,15 @@ class Student(nn.Module):
 
     def sample(self, noise: Tensor, condition: Tensors, steps: int) -> Tensor:
         """The latent at t = 1 from (B, C, h, w) noise, in ``steps`` evaluations."""
-        return self.path(noise, condition, steps)[-1]
+        return self.path(self.network.start(noise, condition), condition, steps)[-1]
 
-    def path(self, noise: Tensor, condition: Tensors, steps: int) -> list[Tensor]:
-        """The latents at t = 0 (the noise), 1/steps, …, 1."""
+    def path(self, begin: Tensor, condition: Tensors, steps: int) -> list[Tensor]:
+        """The latents at t = 0 (where the flow starts), 1/steps, …, 1."""
 
         def average_velocity(x: Tensor, t: float, d: float) -> Tensor:
             return self.average_velocity(x, x.new_full((len(x),), t), x.new_full((len(x),), d), condition)
 
-        return path(average_velocity, noise, steps)
+        return path(average_velocity, begin, steps)
 
 
 class DistillLoss(nn.Module):
@@ -139,6 +139,8 @@ def create_student(
     if start is not None:
         student.load_state_dict(start.state_dict(), strict=False)
     student.null_source.requires_grad_(False)  # of guidance, which is folded in
+    if isinstance(student, AlignedRPFM):  # its paths must go on starting where the stored ones do
+        student.conditioner.requires_grad_(False)
     assert isinstance(teacher.autoencoder, nn.Module)
     return Student(student, teacher.autoencoder)
 

@@ -8,6 +8,7 @@ keypoints and a photo.
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +18,8 @@ import numpy as np
 
 from rpfm_edge.data import Split
 from rpfm_edge.errors import InputError
-from rpfm_edge.pose import FRAME
 
-LOW, HIGH = np.float32((-1.0, -0.35, -0.05)), np.float32((1.0, 0.35, 1.95))
+LOW, HIGH = np.array((-1.0, -0.35, -0.05), np.float32), np.array((1.0, 0.35, 1.95), np.float32)
 LAYERS = ("background", "skin", "eyes", "top", "trousers", "skirt", "shoes", "hair")
 NEAR_M = 0.03  # two points of the body that are one place
 _SPREAD_PX = 6  # of the nearest four pixels: further apart they are on two limbs, and no mean is taken
@@ -52,9 +52,15 @@ def read_surface(split: Split, index: int) -> Surface:
     """The map of picture ``index``; raises ``InputError`` if it is missing or broken."""
     name, _, number = Path(split.names[index]).stem.rpartition("_")
     strip = _read_strip(split.root / "surface" / f"{name}.png")
-    width = strip.shape[0] * FRAME[1] // FRAME[0]
+    width = strip.shape[1] // _tiles(split)[name]
     tile = strip[:, width * int(number) : width * (int(number) + 1)]
     return Surface(tile[..., :3].astype(np.float32) / 255 * (HIGH - LOW) + LOW, tile[..., 3])
+
+
+@lru_cache(maxsize=4)
+def _tiles(split: Split) -> Counter[str]:
+    """How many pictures of each person there are, and so tiles in her strip."""
+    return Counter(Path(name).stem.rpartition("_")[0] for name in split.names)
 
 
 @lru_cache(maxsize=1024)
@@ -72,7 +78,7 @@ def _read_strip(file: Path) -> np.ndarray:
 
 def mirrored(surface: Surface) -> Surface:
     """The map of the mirrored picture."""
-    return Surface(surface.points[:, ::-1] * np.float32((-1, 1, 1)), surface.layers[:, ::-1])
+    return Surface(surface.points[:, ::-1] * np.array((-1, 1, 1), np.float32), surface.layers[:, ::-1])
 
 
 def search_trees(source: Surface) -> Trees:

@@ -76,6 +76,8 @@ def train(recipe: TrainRecipe, split: Split, out: Path, validation: Split | None
     if isinstance(network, AlignedRPFM):
         alignment, stage = _alignment(recipe, people, work)
         network.alignment.load_state_dict(alignment.state_dict())
+        if isinstance(autoencoder, SmallAutoencoder):
+            network.conditioner.see_as(autoencoder)
         stages += (stage,)
     data, watched = _encoded(recipe, people, autoencoder, work)
     teacher, stage, curves = _flow(recipe, network, autoencoder, data, watched, work)

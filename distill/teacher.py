@@ -107,9 +107,13 @@ class FlowMatchingLoss(nn.Module):
         posed = encode_pose(self.network, self._autoencoder[0], pose, tensors)
         kept = keep.repeat_interleave(targets_per_source)
         tensors |= {name: tensor * _beside(kept, tensor) for name, tensor in posed.items()}
-        x_t = interpolate(noise, target, t[:, None, None, None], sigma_min)
+        start = self.network.start(noise, tensors).detach().float()
+        x_t = interpolate(start, target, t[:, None, None, None], sigma_min)
         velocity = self.network(x_t, t, **tensors)
-        return F.mse_loss(velocity.float(), target_velocity(noise, target, sigma_min))
+        loss = F.mse_loss(velocity.float(), target_velocity(start, target, sigma_min))
+        if "prior" in posed:  # learnt by itself: the flow takes it as it is
+            loss = loss + F.mse_loss(posed["prior"][kept].float(), target[kept]) if kept.any() else loss
+        return loss
 
 
 def _beside(values: Tensor, tensor: Tensor) -> Tensor:
@@ -189,13 +193,21 @@ class RPFMTeacher:
 
     @torch.no_grad()
     def condition(self, source: Source, pose: Tensor) -> Tensors:
-        """The network's tensors of source and pose, and those of no source behind ``null_``, each for B images."""
+        """The network's tensors of source and pose, each for B images; with guidance those of no source besides, behind
+        ``null_``."""
         count = len(pose)
         tensors = per_target(self.network.source(source), count // len(source.latent))
+        tensors |= encode_pose(self.network, self.autoencoder, pose, tensors)
+        if self.guidance.scale == 1.0:
+            return tensors
         nothing = torch.zeros(1, dtype=torch.bool, device=source.latent.device)
         null = self.network.source(source.first(1), keep=nothing)
         without = {NULL + name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in null.items()}
-        return tensors | encode_pose(self.network, self.autoencoder, pose, tensors) | without
+        return tensors | without
+
+    def start(self, noise: Tensor, condition: Tensors) -> Tensor:
+        """Where the network's flow starts."""
+        return self.network.start(noise, condition).float()
 
     @torch.no_grad()
     def velocity(self, x: Tensor, t: float, condition: Tensors) -> Tensor:
@@ -227,7 +239,14 @@ def move(teacher: Teacher, device: torch.device | str) -> None:
 
 def sample_teacher(teacher: Teacher, noise: Tensor, condition: Any, steps: int, solver: Solver = "euler") -> Tensor:
     """The latent at t = 1 from (B, C, h, w) noise."""
-    return solve(lambda x, t: teacher.velocity(x, t, condition), noise, time_grid(steps), solver)[-1]
+    begin = first_state(teacher, noise, condition)
+    return solve(lambda x, t: teacher.velocity(x, t, condition), begin, time_grid(steps), solver)[-1]
+
+
+def first_state(teacher: Teacher, noise: Tensor, condition: Any) -> Tensor:
+    """Where the teacher's paths start: at the noise, unless it says otherwise."""
+    begin: Tensor = teacher.start(noise, condition) if hasattr(teacher, "start") else noise
+    return begin
 
 
 # Artifact ------------------------------------------------------------------------------------------------------------

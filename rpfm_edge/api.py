@@ -349,11 +349,20 @@ def _backends(bundle: Artifact, backend: str | None) -> list[str]:
 
 
 def render(
-    bundle: str | Path, source: str | Path, pose: str | Path, out: str | Path, backend: str | None = None
+    bundle: str | Path,
+    source: str | Path,
+    pose: str | Path,
+    out: str | Path,
+    backend: str | None = None,
+    source_pose: str | Path | None = None,
 ) -> Path:
-    """Render the person of an image file in the pose of a JSON file, as PNG."""
+    """Render the person of an image file in the pose of a JSON file, as PNG.
+
+    ``source_pose``: the joints in the image, as JSON; those that it has not are found, as all are without it.
+    """
     with Pipeline.open(bundle, backend) as pipe:
-        image = pipe.render(pipe.prepare(source), read_pose(pose, pipe.size))
+        joints = read_pose(source_pose, pipe.size) if source_pose else None
+        image = pipe.render(pipe.prepare(source, joints), read_pose(pose, pipe.size))
     save_png(Path(out), image)
     return Path(out)
 

@@ -254,11 +254,12 @@ def render(
     source: Annotated[Path, typer.Option(help="Picture of the person.")],
     pose: Annotated[Path, typer.Option(help="Pose as JSON: OpenPose, COCO, MediaPipe or plain keypoints.")],
     out: Annotated[Path, typer.Option(help="PNG to write.")],
+    source_pose: Annotated[Path | None, typer.Option(help="Joints in the picture, as JSON.")] = None,
     backend: Backend = None,
     json: Json = False,
 ) -> None:
     """Render a person in a pose."""
-    path = api.render(bundle, source, pose, out, backend)
+    path = api.render(bundle, source, pose, out, backend, source_pose)
     _finish({"image": str(path)}) if json else tables.say(f"wrote {path}")
 
 

@@ -230,6 +230,24 @@ def pose_accuracy(images: np.ndarray, poses: np.ndarray | None) -> dict[str, Sum
     return {"pose": {"pck": statistics(pck.tolist()), "pck_unsided": statistics(np.maximum(pck, swapped).tolist())}}
 
 
+def finder_accuracy(found: np.ndarray, wanted: np.ndarray, size: tuple[int, int]) -> dict[str, Summary]:
+    """``{"finder": {"pck": …, "error_px": …}}``: how well joints were found in photos whose joints are known.
+
+    ``pck`` is that of ``joint_hits``, ``error_px`` the median distance, both per photo, over the joints that can be
+    scored. Empty if no photo can be.
+
+    Args:
+        found, wanted: (n, 18, 2) pixels x, y of ``size``; nan where missing.
+    """
+    chosen = scored(wanted, size)
+    if not chosen.any():
+        return {}
+    hits = joint_hits(found[chosen], wanted[chosen], size)
+    distance = np.linalg.norm(found[chosen].astype(np.float64) - wanted[chosen], axis=2)
+    errors = np.nanmedian(np.where(np.isnan(hits), np.nan, distance), axis=1)
+    return {"finder": {"pck": statistics(np.nanmean(hits, axis=1).tolist()), "error_px": statistics(errors.tolist())}}
+
+
 def _swap_sides(points: np.ndarray) -> np.ndarray:
     """(n, 18, 2) with the names of left and right exchanged: mirrored about x = 0, and back."""
     return flip(points, 1) * np.array([-1, 1], np.float32)

@@ -86,6 +86,10 @@ def _motion(evidence: Mapping[str, Any]) -> None:
         console.print(shown)
     if words := count_scored(stages, len(evidence["pairs"])):
         say(words)
+    for stage in stages:
+        if finder := stage.get("finder"):
+            pck, error_px = finder["pck"]["mean"], finder["error_px"]["median"]
+            say(f"{stage['stage']}: joints found in the sources, PCK {pck:.3f}, median error {error_px:.1f} px")
     for name in ("pck", "detail", "flicker"):
         if name in evidence["missing"]:
             say(f"{name} was not measured: {evidence['missing'][name]}")

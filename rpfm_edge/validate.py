@@ -20,7 +20,7 @@ from rpfm_edge.data import Split
 from rpfm_edge.detail import missing_detail, sharpness
 from rpfm_edge.errors import ConfigError, InputError
 from rpfm_edge.flicker import Clip, ClipConfig, missing_clips, open_clips, steadiness
-from rpfm_edge.keypoints import missing_pose, pose_accuracy, scored
+from rpfm_edge.keypoints import finder_accuracy, missing_pose, pose_accuracy, scored
 from rpfm_edge.metrics import Budget, Summary
 from rpfm_edge.pipeline import Person, Pipeline
 from rpfm_edge.pose import pose_input
@@ -99,6 +99,19 @@ def bundle_images(bundle: str | Path, backend: str, pairs: Pairs) -> np.ndarray:
             images.append(rendered(pipe, person, pairs.poses[index], pairs.noise[index : index + 1]))
             advance(index + 1)
     return np.stack(images)
+
+
+def found_joints(bundle: str | Path, backend: str, pairs: Pairs) -> dict[str, Summary]:
+    """How well ``prepare`` finds the joints of the sources (``keypoints.finder_accuracy``), each source once.
+
+    Empty for a bundle that finds none."""
+    places = {name: place for place, (name, _) in enumerate(pairs.names)}
+    with Pipeline.open(bundle, backend) as pipe:
+        found = [pipe.prepare(pairs.sources[place]).joints for place in places.values()]
+    joints = [points for points in found if points is not None]
+    if len(joints) < len(found):
+        return {}
+    return finder_accuracy(np.stack(joints), pairs.source_poses[list(places.values())], pipe.size)
 
 
 def bundle_videos(bundle: str | Path, backend: str, clips: Sequence[Clip]) -> list[np.ndarray]:
@@ -231,7 +244,7 @@ def validate(
     violations = []
     for backend in backends:
         images, videos = bundle_images(bundle.path, backend, pairs), bundle_videos(bundle.path, backend, clips)
-        stage = measure_stage(images, reference, pairs, videos, clips)
+        stage = measure_stage(images, reference, pairs, videos, clips) | found_joints(bundle.path, backend, pairs)
         stages.append({"stage": f"bundle, {plural(steps)}, {bundle.config['precision']}, {backend}", **stage})
         violations += [f"{backend}: {text}" for text in budget.check(limited(stage))]
     return {

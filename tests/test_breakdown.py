@@ -70,7 +70,7 @@ def graph(nodes: list[tuple[str, list[str], str]], inputs: list[str]) -> onnx.Mo
 
 
 def test_graphs_that_are_no_frame() -> None:
-    with pytest.raises(ArtifactError, match=r"inputs \['source'\]: expected pose, noise"):
+    with pytest.raises(ArtifactError, match=r"inputs \['source'\]: expected pose and noise"):
         stages(graph([("Relu", ["source"], "kv")], ["source"]))
     with pytest.raises(ArtifactError, match="never adds to its noise"):
         stages(graph([("Relu", ["noise"], "image")], ["pose", "noise"]))

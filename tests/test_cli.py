@@ -258,11 +258,11 @@ def test_a_person_of_another_bundle(made: dict[str, Path], tmp_path: Path) -> No
         person = theirs.prepare(made["source"])
         with pytest.raises(InputError, match=r"prepared by another bundle: .*; prepare the source again\."):
             ours.render(person, np.full((18, 2), 20.0))
-        skeleton = np.zeros((*SIZE, 3), np.uint8)
+        drawn = ours.pose_input(np.full((18, 2), 20.0))
         with pytest.raises(InputError, match="prepared by another bundle"):
-            ours.render_skeleton(person, skeleton)
+            ours.render_input(person, drawn)
         with pytest.raises(InputError, match="the person is a str: expected a person of this bundle's prepare"):
-            ours.render_skeleton("x", skeleton)  # type: ignore[arg-type]
+            ours.render_input("x", drawn)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 32, 22), (8, 8, 6), (0,)])

@@ -14,7 +14,6 @@ import pytest
 from rpfm_edge.data import Split, open_split, sample_root
 from rpfm_edge.errors import ConfigError, InputError
 from rpfm_edge.flicker import ClipConfig, flicker_levels, missing_clips, motion_ratio, open_clips, steadiness
-from rpfm_edge.pose import draw_skeleton
 from rpfm_edge.splits import open_splits
 
 SIZE, SHAPE = (64, 48), (8, 8, 6)
@@ -93,14 +92,15 @@ def test_a_clip_of_the_sample(split: Split) -> None:
     folder = sample_root() / "clips" / "p00999"
     assert clip.name == "p00999"
     np.testing.assert_array_equal(clip.source, split.image(split.names.index("p00999_0.jpg"), SIZE))
-    assert clip.truth.shape == clip.skeletons.shape == (5, *SIZE, 3)
+    assert (clip.truth.shape, clip.poses.shape) == ((5, *SIZE, 3), (5, 18, 2))
     frame = cv2.resize(cv2.imread(str(folder / "004.jpg")), (48, 64), interpolation=cv2.INTER_AREA)[..., ::-1]
     np.testing.assert_array_equal(clip.truth[4], frame)
     name, y, x = (folder / "annotation.csv").read_text().splitlines()[3].split(":")
     pose = np.array([[float(n) for n in axis.strip(" []").split(",")] for axis in (x, y)]).T
     pose = np.where(pose == -1, np.nan, pose) * (48 / 176, 64 / 256)
     assert name == "002.jpg"
-    assert np.abs(clip.skeletons[2].astype(int) - draw_skeleton(pose, SIZE)).max() <= 16
+    np.testing.assert_allclose(clip.poses[2], pose, atol=1e-4)
+    np.testing.assert_array_equal(clip.source_pose, split.pose(split.names.index("p00999_0.jpg"), SIZE))
     assert clip.noise.shape == (1, *SHAPE)
     assert clip.noise.dtype == np.float32
     again, other = (open_clips(split, ClipConfig(frames=5), SIZE, SHAPE, seed)[0].noise for seed in (3, 4))

@@ -57,9 +57,8 @@ def test_qualities_are_those_of_the_pictures(made: dict[str, Any]) -> None:
     student = artifact.load(made["student"]).config["network"]
     latent = (student["latent_channels"], *student["latent_size"])
     pairs = draw_pairs(open_splits("sample").test, 2, SIZE, latent, seed=0)
-    inputs = (pairs.sources, pairs.skeletons, pairs.noise)
-    slow = teacher_images(made["teacher"], *inputs, [(8, "heun"), (1, "euler")])
-    fast = student_images(made["student"], *inputs, [1, 2])
+    slow = teacher_images(made["teacher"], *pairs.inputs, [(8, "heun"), (1, "euler")])
+    fast = student_images(made["student"], *pairs.inputs, [1, 2])
     rows = {row["name"]: row for row in made["result"]["rows"]}
     assert rows["1-teacher"]["against_teacher"] == metrics.compare(slow[8, "heun"], slow[1, "euler"])
     for steps in (1, 2):

@@ -60,7 +60,7 @@ def test_chunks_are_the_pairs_of_every_other_figure() -> None:
     np.testing.assert_array_equal(np.concatenate([noise for _, noise in chunks]), whole.noise)
     read = [gain.read_pairs(test, *chunk, SIZE) for chunk in chunks]
     assert [name for pairs in read for name in pairs.names] == whole.names
-    for part in ("sources", "poses", "truths"):
+    for part in ("sources", "source_poses", "poses", "truths"):
         np.testing.assert_array_equal(np.concatenate([getattr(p, part) for p in read]), getattr(whole, part))
 
 

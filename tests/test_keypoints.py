@@ -11,7 +11,16 @@ import pytest
 from rpfm_edge import keypoints
 from rpfm_edge.data import open_split, sample_root
 from rpfm_edge.errors import ArtifactError, BackendError, ConfigError, InputError
-from rpfm_edge.keypoints import cached_file, estimate, fetch, joint_hits, missing_pose, pose_accuracy, scored
+from rpfm_edge.keypoints import (
+    cached_file,
+    estimate,
+    fetch,
+    finder_accuracy,
+    joint_hits,
+    missing_pose,
+    pose_accuracy,
+    scored,
+)
 from rpfm_edge.pose import KEYPOINTS, flip
 
 openvino = pytest.importorskip("openvino")
@@ -217,3 +226,16 @@ def test_the_real_network_finds_the_people_of_the_sample() -> None:
 def test_the_real_network_finds_nobody_in_noise() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (1, 256, 176, 3), dtype=np.uint8)
     assert np.isnan(estimate(noise)).all()
+
+
+def test_the_finder_is_judged_by_hits_and_by_distance() -> None:
+    """One photo exactly, one with every joint 3 pixels off and one joint far off; nobody in the third."""
+    wanted = np.tile(np.arange(18, dtype=np.float32)[:, None] * np.float32([3, 5]) + 5, (3, 1, 1))
+    found = wanted.copy()
+    found[1] += np.float32([3, 0])
+    found[1, 4] += 60
+    wanted[2] = np.nan
+    judged = finder_accuracy(found, wanted, (150, 100))["finder"]
+    assert judged["pck"]["mean"] == pytest.approx((1 + 17 / 18) / 2)
+    assert judged["error_px"]["mean"] == pytest.approx(1.5)
+    assert finder_accuracy(found[2:], wanted[2:], (150, 100)) == {}

@@ -305,7 +305,7 @@ def test_a_candidate_that_cannot_be_made_is_a_row_with_the_reason(
 def test_other_pictures_under_the_same_names_are_rendered_again(tiny_graph: Artifact) -> None:
     size, shape = tuple(tiny_graph.config["size"]), tiny_graph.config["latent_shape"]
     pairs = validate.draw_pairs(open_splits("sample").validation, 2, size, shape, 0)
-    changed = [replace(pairs, **{name: 255 - getattr(pairs, name)}) for name in ("sources", "skeletons", "truths")]
+    changed = [replace(pairs, **{name: 255 - getattr(pairs, name)}) for name in ("sources", "poses", "truths")]
     assert len({pairs.digest, *(other.digest for other in changed)}) == 4
 
 

@@ -11,23 +11,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rpfm_edge.errors import InputError
+from rpfm_edge.errors import InputError, SignatureError
 from rpfm_edge.image import fit_image
 from rpfm_edge.pose import (
     BONES,
     COLOURS,
     KEYPOINTS,
+    MISSING,
     check_pose,
     draw_skeleton,
     fit_pose,
     flip,
     from_coco,
+    from_graph,
     from_mediapipe,
     from_openpose,
+    pose_input,
+    pose_kind,
     read_pose,
     scale_pose,
+    to_graph,
     write_pose,
 )
+from rpfm_edge.signature import TensorSpec
 
 NAN = np.float32(np.nan)
 # COCO-17 and MediaPipe-33 by name, as their makers list them
@@ -383,3 +389,28 @@ def test_read_refuses_what_is_no_json(tmp_path: Path) -> None:
         read_pose(tmp_path / "a.json")
     with pytest.raises(InputError, match=r"gone\.json cannot be read"):
         read_pose(tmp_path / "gone.json")
+
+
+def test_both_kinds_of_input() -> None:
+    pose = only(neck=(50, 40), nose=(60.5, 20))
+    np.testing.assert_array_equal(pose_input(pose, "skeleton"), draw_skeleton(pose)[None])
+    points = pose_input(pose, "keypoints")
+    assert points.dtype == np.float32
+    assert points.shape == (1, 18, 2)
+    np.testing.assert_array_equal(points[0, :2], [[60.5, 20], [50, 40]])
+    assert (points[0, 2:] == MISSING).all()
+    assert np.float16(MISSING) == MISSING
+
+
+def test_missing_keypoints_go_into_graphs_and_come_back() -> None:
+    poses = np.stack([a_pose(), edited(3, (np.nan, np.nan)), np.full((18, 2), np.nan)]).astype(np.float32)
+    assert np.isfinite(to_graph(poses)).all()
+    np.testing.assert_array_equal(from_graph(to_graph(poses)), poses)
+
+
+def test_the_kind_follows_from_the_input() -> None:
+    assert pose_kind(TensorSpec("pose", (1, 256, 176, 3), "uint8")) == "skeleton"
+    assert pose_kind(TensorSpec("pose", (1, 18, 2), "float32")) == "keypoints"
+    for spec in (TensorSpec("pose", (1, 18, 3), "float32"), TensorSpec("pose", (1, 18, 2), "uint8")):
+        with pytest.raises(SignatureError, match=r"input 'pose' is .*: expected uint8\[1, H, W, 3\], a drawn skeleton"):
+            pose_kind(spec)

@@ -136,17 +136,9 @@ def test_each_pair_has_its_own_noise_and_both_references(bundle: Artifact, teach
     assert abs(np.corrcoef(pairs.noise.reshape(2, -1))[0, 1]) < 0.3  # six standard deviations
     with Pipeline.open(bundle.path) as pipe:
         own = np.stack(
-            [
-                pipe.render_skeleton(pipe.prepare(pairs.sources[i]), pairs.skeletons[i], pairs.noise[i : i + 1])
-                for i in range(2)
-            ]
+            [pipe.render(pipe.prepare(pairs.sources[i]), pairs.poses[i], pairs.noise[i : i + 1]) for i in range(2)]
         )
-    one_by_one = [
-        teacher_images(
-            teacher, pairs.sources[i : i + 1], pairs.skeletons[i : i + 1], pairs.noise[i : i + 1], [REFERENCE]
-        )
-        for i in range(2)
-    ]
+    one_by_one = [teacher_images(teacher, *(part[i : i + 1] for part in pairs.inputs), [REFERENCE]) for i in range(2)]
     wanted = np.concatenate([made[REFERENCE] for made in one_by_one])
     reference, _, mine, _ = measured(bundle, teacher, split, Budget(), ClipConfig(count=0))["stages"]
     assert mine == {
@@ -171,16 +163,15 @@ def test_targets_without_a_visible_joint_are_left_out(split: Split) -> None:
 
 def test_poses_without_a_torso_are_not_scored(split: Split) -> None:
     pairs = draw_pairs(split, 2, SIZE, SHAPE)
-    assert pairs.poses is not None
     pairs.poses[:, 1] = np.nan
     assert missing_measures(pairs, split, FILMED)["pck"] == "no pose has neck and hip"
 
 
-def test_pairs_hold_the_poses_of_their_skeletons(split: Split) -> None:
+def test_pairs_hold_the_poses_of_both_pictures(split: Split) -> None:
     pairs = draw_pairs(split, 3, SIZE, SHAPE)
-    assert pairs.poses is not None
-    for (_, target), pose in zip(pairs.names, pairs.poses, strict=True):
-        np.testing.assert_array_equal(pose, split.pose(split.names.index(target), SIZE))
+    for names, poses in zip(pairs.names, zip(pairs.source_poses, pairs.poses, strict=True), strict=True):
+        for name, pose in zip(names, poses, strict=True):
+            np.testing.assert_array_equal(pose, split.pose(split.names.index(name), SIZE))
 
 
 def test_clips_of_one_frame_are_refused_before_anything_slow(bundle: Artifact, split: Split) -> None:

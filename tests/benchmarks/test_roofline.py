@@ -24,7 +24,7 @@ def test_operations_of_a_frame_are_those_that_torch_counts(tiny_student: Artifac
     frame = modules(tiny_student.path)["frame"]
     # of the attentions, the counter knows this one alone
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
-        frame(**{name: torch.from_numpy(value) for name, value in feeds.items()})
+        frame(*(torch.from_numpy(value) for value in feeds.values()))
     per_module = counter.get_flop_counts()["Global"]
     # torch counts the modulations and embeddings of time, which are constants of the graph
     constant = 0

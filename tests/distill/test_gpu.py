@@ -28,8 +28,9 @@ def test_batches_lie_on_the_gpu_and_are_those_of_the_cpu(tmp_path: Path) -> None
     assert kept.skeletons is not None
     drawn = draw_batch(split, 3, 4, np.random.default_rng(1))
     ours, theirs = kept.batch(*drawn, "cuda"), plain.batch(*drawn)
-    assert {ours.pose.device.type, ours.source.device.type, ours.target.device.type} == {"cuda"}
-    assert torch.equal(ours.source.cpu(), theirs.source)
+    assert {part.device.type for part in (ours.pose, *ours.source, ours.target)} == {"cuda"}
+    assert torch.equal(ours.source.latent.cpu(), theirs.source.latent)
+    torch.testing.assert_close(ours.source.pixels.cpu(), theirs.source.pixels, atol=1e-6, rtol=0)
     assert torch.equal(ours.target.cpu(), theirs.target)
     torch.testing.assert_close(ours.pose.cpu(), theirs.pose, atol=1e-6, rtol=0)
 

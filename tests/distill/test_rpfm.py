@@ -8,10 +8,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from distill.condition import Source, per_target
 from distill.rpfm import PRESETS, RPFM, RPFMConfig, patchify, preset, unpatchify
 from rpfm_edge.errors import ConfigError
 
 TINY = RPFMConfig(dim=32, depth=2, heads=2, latent_size=(8, 6))
+
+
+def given(latent: torch.Tensor) -> Source:
+    """Sources of which the network looks at the latents alone."""
+    return Source(latent, torch.empty(0), torch.empty(0))
 
 
 def random_network(config: RPFMConfig = TINY, seed: int = 0) -> RPFM:
@@ -55,7 +61,7 @@ def test_cached_source_equals_joint_attention_written_out() -> None:
     x, pose, source = torch.randn(2, 8, 8, 6), torch.randn(2, 16, 8, 6), torch.randn(2, 8, 8, 6)
     t = torch.tensor([0.2, 0.9])
     with torch.no_grad():
-        got = network(x, t, pose, network.source_kv(source))
+        got = network(x, t, pose=pose, **network.source(given(source)))
         expected = masked_reference(network, x, t, pose, source)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
@@ -87,8 +93,8 @@ def test_source_shared_by_several_targets() -> None:
     x, pose, source = torch.randn(4, 8, 8, 6), torch.randn(4, 16, 8, 6), torch.randn(2, 8, 8, 6)
     t = torch.full((4,), 0.5)
     with torch.no_grad():
-        shared = network(x, t, pose, network.source_kv(source).repeat_interleave(2, dim=2))
-        apart = network(x, t, pose, network.source_kv(source.repeat_interleave(2, dim=0)))
+        shared = network(x, t, pose=pose, **per_target(network.source(given(source)), 2))
+        apart = network(x, t, pose=pose, **network.source(given(source.repeat_interleave(2, dim=0))))
     torch.testing.assert_close(shared, apart, atol=1e-5, rtol=1e-4)
 
 
@@ -96,9 +102,9 @@ def test_dropped_source_has_no_influence() -> None:
     network = random_network()
     keep = torch.tensor([True, False])
     with torch.no_grad():
-        a, b = (network.source_kv(torch.randn(2, 8, 8, 6), keep) for _ in range(2))
-    torch.testing.assert_close(a[:, :, 1], b[:, :, 1])
-    assert not torch.allclose(a[:, :, 0], b[:, :, 0])
+        a, b = (network.source(given(torch.randn(2, 8, 8, 6)), keep)["source_kv"] for _ in range(2))
+    torch.testing.assert_close(a[1], b[1])
+    assert not torch.allclose(a[0], b[0])
 
 
 def test_a_new_step_embedding_changes_nothing() -> None:
@@ -107,5 +113,6 @@ def test_a_new_step_embedding_changes_nothing() -> None:
     student.load_state_dict(teacher.state_dict(), strict=False)
     x, pose, source, t = torch.randn(2, 8, 8, 6), torch.randn(2, 16, 8, 6), torch.randn(2, 8, 8, 6), torch.rand(2)
     with torch.no_grad():
-        expected = teacher(x, t, pose, teacher.source_kv(source))
-        torch.testing.assert_close(student(x, t, pose, student.source_kv(source), torch.ones(2)), expected)
+        expected = teacher(x, t, pose=pose, **teacher.source(given(source)))
+        made = student(x, t, torch.ones(2), pose=pose, **student.source(given(source)))
+        torch.testing.assert_close(made, expected)

@@ -210,7 +210,7 @@ def test_an_endpoint_is_judged_by_its_edges_too(
 ) -> None:
     """With a decoder that leaves latents as they are: L1 of their differences down and across, of the first images."""
     student = create_student(teacher, DistillConfig("endpoint", 1)).eval()
-    monkeypatch.setattr(student.autoencoder, "decode", lambda latent: latent)
+    monkeypatch.setattr(student.autoencoder, "decode", lambda latent, tensors=None: latent)
     batch = data.batch(*draw_batch(data.split, 1, 4, np.random.default_rng(0)))
     wanted = [torch.randn(4, *teacher.latent_shape) for _ in range(2)]
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from distill.condition import Source, encode_pose, per_target
 from distill.rpfm import RPFM
 from distill.teacher import (
     Example,
@@ -18,9 +20,9 @@ from distill.teacher import (
     Guidance,
     RPFMTeacher,
     draw_example,
-    encode_pose,
     held_out_loss,
     load_teacher,
+    pose_kind,
     sample_teacher,
     save_teacher,
     train_teacher,
@@ -28,7 +30,8 @@ from distill.teacher import (
 from distill.train import TrainConfig
 from rpfm_edge.data import draw_batch
 from rpfm_edge.errors import ArtifactError, ConfigError
-from rpfm_edge.pose import draw_skeleton, flip
+from rpfm_edge.image import from_model
+from rpfm_edge.pose import draw_skeleton, flip, from_graph
 from tests.distill.tiny import NETWORK, SIZE, toy_data, toy_teacher
 
 
@@ -46,11 +49,11 @@ def test_guidance_is_null_plus_scale_times_difference(conditions: SimpleNamespac
     network, batch, x = conditions.teacher.network, conditions.batch, conditions.noise
     time = torch.full((4,), 0.3)
     with torch.no_grad():
-        pose = encode_pose(network, conditions.teacher.autoencoder, batch.pose)
-        source_kv = network.source_kv(batch.source.repeat_interleave(2, 0))
-        null_kv = network.source_kv(batch.source.repeat_interleave(2, 0), torch.zeros(4, dtype=torch.bool))
-        conditional = network(x, time, pose, source_kv)
-        null = network(x, time, torch.zeros_like(pose), null_kv)
+        tensors = per_target(network.source(batch.source), 2)
+        pose = encode_pose(network, conditions.teacher.autoencoder, batch.pose, tensors)["pose"]
+        nothing = per_target(network.source(batch.source, torch.zeros(2, dtype=torch.bool)), 2)
+        conditional = network(x, time, pose=pose, **tensors)
+        null = network(x, time, pose=torch.zeros_like(pose), **nothing)
     got = conditions.teacher.velocity(x, 0.3, conditions.teacher.condition(batch.source, batch.pose))
     torch.testing.assert_close(got, null + 1.5 * (conditional - null), atol=1e-5, rtol=1e-4)
 
@@ -74,19 +77,32 @@ def test_interval_schedule_guides_in_the_middle_only(conditions: SimpleNamespace
 def test_batches_hold_what_the_data_set_says(conditions: SimpleNamespace) -> None:
     data = conditions.data
     batch = data.batch(np.array([0]), np.array([[1, 2]]), np.array([True]))
-    torch.testing.assert_close(batch.source[0], data.latents[1, 0].float())
+    torch.testing.assert_close(batch.source.latent[0], data.latents[1, 0].float())
+    np.testing.assert_array_equal(from_model(batch.source.pixels.numpy())[0], data.split.image(0, SIZE)[:, ::-1])
+    np.testing.assert_array_equal(batch.source.joints[0], flip(data.split.pose(0, SIZE), SIZE[1]))
     torch.testing.assert_close(batch.target[1], data.latents[1, 2].float())
     drawn = draw_skeleton(flip(data.split.pose(2, SIZE), SIZE[1]), SIZE)
     np.testing.assert_array_equal(np.rint((batch.pose[1].numpy().transpose(1, 2, 0) + 1) * 127.5), drawn)
 
 
+def test_batches_hold_keypoints_for_a_network_of_keypoints(conditions: SimpleNamespace) -> None:
+    data = replace(conditions.data, pose="keypoints")
+    sources, targets, flips = np.array([0, 3]), np.array([[1, 2], [4, 5]]), np.array([True, False])
+    batch, places = data.batch(sources, targets, flips), [(1, True), (2, True), (4, False), (5, False)]
+    for pose, (index, mirrored) in zip(batch.pose.numpy(), places, strict=True):
+        plain = data.split.pose(index, SIZE)
+        np.testing.assert_array_equal(from_graph(pose), flip(plain, SIZE[1]) if mirrored else plain)
+    assert torch.isfinite(batch.pose).all()
+
+
 def test_dropped_conditions_are_not_seen(conditions: SimpleNamespace) -> None:
     """Nothing flows back to the source and the skeletons of the first person, who lost them; the other's are used."""
     batch, noise, time = conditions.batch, conditions.noise, torch.full((4,), 0.3)
-    source, skeleton = batch.source.clone().requires_grad_(), batch.pose.clone().requires_grad_()
+    latent, skeleton = batch.source.latent.clone().requires_grad_(), batch.pose.clone().requires_grad_()
+    source = Source(latent, batch.source.pixels, batch.source.joints)
     loss = FlowMatchingLoss(conditions.teacher.network, conditions.teacher.autoencoder, FlowMatchingConfig())
     loss(Example(source, skeleton, batch.target, time, noise, torch.tensor([False, True]))).backward()
-    assert [bool(gradient.any()) for gradient in source.grad] == [False, True]
+    assert [bool(gradient.any()) for gradient in latent.grad] == [False, True]
     assert [bool(gradient.any()) for gradient in skeleton.grad] == [False, False, True, True]
 
 
@@ -216,9 +232,25 @@ def of_numpy() -> SimpleNamespace:
     return one_that_does_not_fit(velocity=lambda x, t, condition: x.numpy())
 
 
+def of_keypoints() -> SimpleNamespace:
+    """A factory that wants keypoints."""
+    return one_that_does_not_fit(pose="keypoints", condition=lambda source, pose: pose.view(-1, 36)[:, :1])
+
+
+def test_factory_of_keypoints() -> None:
+    assert pose_kind(load_teacher("tests.distill.test_teacher:of_keypoints")) == "keypoints"
+    assert pose_kind(load_teacher("tests.distill.test_teacher:gaussian_teacher")) == "skeleton"
+
+
+def of_another_pose() -> SimpleNamespace:
+    """A factory that wants what nobody makes."""
+    return one_that_does_not_fit(pose="heat maps")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("of_another_pose", r"wants the pose as 'heat maps': expected one of \('skeleton', 'keypoints'\)"),
         ("of_another_latent", r"latent_shape \(8, 6, 8\): expected \[8, 8, 6\]"),
         ("of_another_velocity", r"a velocity \[1, 7, 8, 6\] for one latent: expected \[1, 8, 8, 6\]"),
         ("of_numpy", r"a velocity of the type ndarray"),

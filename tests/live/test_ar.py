@@ -58,13 +58,13 @@ def iwer(tmp_path_factory: pytest.TempPathFactory) -> str:
 class Painter:
     """A pipeline that paints a red person on grey, so that matte and colour are known."""
 
-    size, backend = (64, 48), "painted"
+    size, backend, pose_kind = (64, 48), "painted", "skeleton"
     bundle = SimpleNamespace(config={"steps": 1}, path=Path("painted"))
 
     def prepare(self, _: Any) -> None:
         return None
 
-    def render_skeleton(self, *_: Any) -> np.ndarray:
+    def render_input(self, *_: Any) -> np.ndarray:
         image = np.full((64, 48, 3), 200, np.uint8)
         image[PERSON] = (220, 30, 30)
         return image

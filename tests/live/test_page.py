@@ -298,8 +298,8 @@ class Larger:
     def prepare(self, _: np.ndarray) -> None:
         return None
 
-    def render_skeleton(self, _: Any, skeleton: np.ndarray) -> np.ndarray:
-        return skeleton
+    def render_input(self, _: Any, skeleton: np.ndarray) -> np.ndarray:
+        return skeleton[0]
 
 
 class Mirror(Larger):

@@ -46,7 +46,7 @@ def test_keys_and_values_are_those_of_torch(samples: Path, tiny_graph: Artifact)
     prepare = reference(tiny_graph.path / "student")["prepare"]
     loaded = calibrate.load(samples)
     expected = np.stack([prepare({"source": source[None]})["source_kv"] for source in loaded.source])
-    np.testing.assert_allclose(loaded.source_kv, expected, atol=1e-4)
+    np.testing.assert_allclose(loaded.tensors["source_kv"], expected, atol=1e-4)
 
 
 def test_noise_is_standard_normal_and_never_repeats(samples: Path) -> None:

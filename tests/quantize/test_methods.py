@@ -44,7 +44,7 @@ def test_nobody_calibrates_and_judges(recorded: Samples) -> None:
     assert len(people(judging, judging.index)) == max(round(len(people(recorded, recorded.index)) / 4), 1)
     for part in (calibrating, judging):
         assert part.facts["count"] == len(part.index) == len(part.pose) == len(part.noise)
-        assert len(part.facts["sources"]) == len(part.source) == len(part.source_kv)
+        assert len(part.facts["sources"]) == len(part.source) == len(part.tensors["source_kv"])
     whole = list(recorded.feeds("frame"))
     for feed in judging.feeds("frame"):
         place = next(k for k, other in enumerate(whole) if np.array_equal(other["noise"], feed["noise"]))

@@ -100,7 +100,7 @@ def test_builds_with_int8_kernels_and_fused_attention(
     print(f"{preset} {name} {graph.config['precision']} {target}: {seconds:.0f} s, {size:.1f} MiB, INT8 {found} of "
           f"{wanted}, attention {attention}")  # fmt: skip
     assert found == wanted
-    depth = graph.signatures["prepare"].outputs[0].shape[0]
+    depth = graph.signatures["prepare"].outputs[0].shape[1]
     # The last layer of prepare ends in its keys and values, which attend to nothing.
     assert attention == (depth - 1 if name == "prepare" else depth * graph.config["steps"])
 
@@ -145,7 +145,7 @@ def test_builds_with_fp8_and_fp4_kernels(
     plan = build_plan(library, trt.graph_file(graph, name, library), Settings(targets=(target,)), log=log.append)
     wanted = {kind: graph.config.get(f"{kind}_layers", {}).get(name, {}) for kind in ("fp8", "nvfp4")}
     found = {"fp8": trt_log.products(log, "FP8"), "nvfp4": trt_log.products(log, "FP4E2M1")}
-    attention, depth = trt_log.fused_attention(log), graph.signatures["prepare"].outputs[0].shape[0]
+    attention, depth = trt_log.fused_attention(log), graph.signatures["prepare"].outputs[0].shape[1]
     print(f"xs {name} {precision} {target}: {len(plan) / 2**20:.1f} MiB, {found} of {wanted}, attention {attention}")
     assert found == wanted
     assert attention == (depth - 1 if name == "prepare" else depth * graph.config["steps"])
