@@ -44,9 +44,9 @@ def stages(model: Any) -> dict[str, str]:
 
     The pose encoder is what the pose reaches and the noise does not, if it reaches a step; what only the decoder sees
     belongs to that. The alignment, where there is one, is the map (``source_map``), what fetches the source by it, and
-    what is made of the map alone. The state of the flow is the noise, and then what
-    an addition makes of the state and of something that was computed from it: as many updates as there are steps. What
-    depends on k updates belongs to step k + 1, and after the last one to the decoder.
+    what is made of the map alone. The state of the flow is the noise, also scaled and moved by what it does not reach,
+    and then what an addition makes of the state and of something that was computed from it: as many updates as there
+    are steps. What depends on k updates belongs to step k + 1, and after the last one to the decoder.
 
     Raises:
         ArtifactError: the graph has no input ``pose`` or ``noise``, or never updates the noise.
@@ -64,7 +64,7 @@ def stages(model: Any) -> dict[str, str]:
         placed[node.name] = found, count
         if is_update(node, reach, states):
             states, count = set(node.output), count + 1
-        elif node.op_type in SAME and states & set(inputs):
+        elif states & set(inputs) and (node.op_type in SAME or is_start(node, reach)):
             states |= set(node.output)
         reach |= dict.fromkeys(node.output, found)
         updates |= dict.fromkeys(node.output, count)
@@ -112,6 +112,11 @@ def is_update(node: Any, reach: Mapping[str, set[str]], states: set[str]) -> boo
     """Whether ``node`` adds to the state something that was computed from it."""
     others = [tensor for tensor in node.input if tensor not in states]
     return node.op_type == "Add" and len(others) == 1 and "noise" in reach.get(others[0], ())
+
+
+def is_start(node: Any, reach: Mapping[str, set[str]]) -> bool:
+    """Whether ``node``, one of whose inputs is the state, scales or moves it by what the noise does not reach."""
+    return node.op_type in ("Add", "Mul") and sum("noise" in reach.get(tensor, ()) for tensor in node.input) == 1
 
 
 def _stage(reach: set[str], updates: int, steps: int) -> str:

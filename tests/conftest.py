@@ -50,3 +50,21 @@ def tiny_graph(tiny_student: Artifact, tmp_path_factory: pytest.TempPathFactory)
     from distill.export import export
 
     return export(tiny_student.path, tmp_path_factory.mktemp("tiny") / "graph")
+
+
+@pytest.fixture(scope="session")
+def aligned_student(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A student artifact of the kind that aligns the source with keypoints, of the same size and steps."""
+    from distill.student import DistillConfig, save_student
+    from tests.distill.tiny import toy_aligned_student
+
+    out = tmp_path_factory.mktemp("aligned") / "student"
+    return save_student(toy_aligned_student(), out, DistillConfig(steps=TINY_STEPS), TINY_SIZE, ())
+
+
+@pytest.fixture(scope="session")
+def aligned_graph(aligned_student: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The float graph artifact of ``aligned_student``, two steps unrolled."""
+    from distill.export import export
+
+    return export(aligned_student.path, tmp_path_factory.mktemp("aligned") / "graph")

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 
 from rpfm_edge import api
 from rpfm_edge.artifact import Artifact
-from rpfm_edge.breakdown import AROUND, DECODER, DRAWING, POSE, SOURCE, UNKNOWN, breakdown, by_stage, stages
+from rpfm_edge.breakdown import ALIGNMENT, AROUND, DECODER, DRAWING, POSE, SOURCE, UNKNOWN, breakdown, by_stage, stages
 from rpfm_edge.errors import ArtifactError
 from rpfm_edge.runtime import LayerTime
 from rpfm_edge.splits import open_splits
@@ -46,6 +46,46 @@ def test_stages_of_an_exported_graph(tiny_graph: Artifact, tmp_path: Path, preci
     each = {products[f"step {k + 1}"] for k in range(TINY_STEPS)}
     # embedding, head, and in each of 2 blocks: qkv, two of attention, projection, two of the perceptron
     assert each == {2 + 2 * 6}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_stages_of_a_graph_that_aligns(aligned_graph: Artifact, tmp_path: Path, precision: str) -> None:
+    graph = aligned_graph
+    if precision == "fp16":
+        graph = api.quantize(graph.path, "sample", tmp_path / "g", precision)
+    model = onnx.load(graph.file("frame.onnx"))
+    found, kinds = stages(model), {node.name: node.op_type for node in model.graph.node}
+    parts = (("/aligner/", ALIGNMENT), ("/conditioner/", POSE), ("/join_", DECODER), ("/low/low.", DECODER))
+    parts = (*parts, ("/middle/", DECODER), ("/high/", DECODER))
+    told = {
+        name: stage for name in found for part, stage in parts if part in name and kinds[name] in ("Conv", "GridSample")
+    }
+    told = {name: ALIGNMENT if "/aligner/" in name else stage for name, stage in told.items()}
+    assert {name: found[name] for name in told} == told
+    assert set(told.values()) == {ALIGNMENT, POSE, DECODER}
+    assert {found[name] for name, kind in kinds.items() if kind == "GridSample"} == {ALIGNMENT}
+    products = Counter(stage for name, stage in found.items() if kinds[name] in ("MatMul", "Gemm"))
+    assert {products[f"step {k + 1}"] for k in range(TINY_STEPS)} == {2 + 2 * 6}
+
+
+def test_a_measured_frame_that_aligns(aligned_graph: Artifact, tmp_path: Path) -> None:
+    bundle, test = api.build(aligned_graph.path, tmp_path / "bundle", ["openvino"]), open_splits("sample").test
+    found = breakdown(bundle, "openvino", test.image(0, TINY_SIZE), test.pose(1, TINY_SIZE), rounds=3)
+    times = {stage.stage: stage.seconds for stage in found["stages"]}
+    assert list(times)[1:3] == [ALIGNMENT, POSE]
+    assert times[ALIGNMENT] > 0
+
+
+def test_a_state_may_start_around_a_prior() -> None:
+    nodes = [
+        ("Mul", ["noise", "half"], "scaled"),
+        ("Add", ["pose", "scaled"], "start"),
+        ("Relu", ["start"], "v"),
+        ("Add", ["start", "v"], "next"),
+        ("Relu", ["next"], "image"),
+    ]
+    found = stages(graph(nodes, ["pose", "noise"]))
+    assert [found[name] for name in ("scaled", "start", "v", "next", "image")] == ["step 1"] * 4 + [DECODER]
 
 
 def test_a_quantized_state_is_still_the_state() -> None:

@@ -106,3 +106,21 @@ def test_values_beyond_fp16_are_kept_in_fp32() -> None:
     large = np.array([1e6, 1.0], np.float32)
     assert canary._compact(large).dtype == np.float32
     assert canary._compact(large / 1e6).dtype == np.float16
+
+
+def test_keypoints_are_those_of_a_person(aligned_graph: Artifact, tmp_path: Path) -> None:
+    tensors = canary.of(aligned_graph)
+    assert tensors is not None
+    assert tensors["pose"].shape == tensors["keypoints"].shape == (1, 18, 2)
+    assert (tensors["pose"] != tensors["keypoints"]).any()
+    for backend in ("onnxruntime", "openvino"):
+        if runtimes.available()[backend]:
+            continue
+        runtime = runtimes.load(backend)
+        for name in ("prepare", "frame"):
+            folder = tmp_path / backend / name
+            folder.mkdir(parents=True)
+            runtime.build(aligned_graph, name, folder, {})
+            with runtime.open(folder, aligned_graph.signatures[name], {}) as session:
+                found = canary.check(aligned_graph, name, session, tensors, backend)
+            assert min(found.values()) > 45

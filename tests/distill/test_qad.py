@@ -71,6 +71,20 @@ def test_the_rounded_layers_are_the_planned_ones(tiny_graph: Artifact, student: 
     assert set(int8_layers(student)) == planned
 
 
+def test_a_student_that_aligns_gets_used_to_rounding_but_for_its_map(
+    aligned_graph: Artifact, aligned_student: Artifact, people: Split, tmp_path: Path
+) -> None:
+    planned = {name for graph in ("prepare", "frame") for name in modules(aligned_graph, graph)[0]}
+    student = load_student(aligned_student.path)[0]
+    assert set(int8_layers(student)) == planned
+    before = deepcopy(student.state_dict())
+    config = QadConfig(TINY_STEPS, "int8", replace(QUICK, steps=2, warmup_steps=1), samples=2)
+    trained, _ = train_rounded(student, people, TINY_SIZE, config, tmp_path / "checkpoint")
+    changed = {name for name, value in trained.state_dict().items() if not torch.equal(value, before[name])}
+    assert not [name for name in changed if "alignment" in name]
+    assert {"network.conditioner.layers.1.conv1.weight", "autoencoder.high.0.conv2.weight"} <= changed
+
+
 def test_an_autoencoder_of_another_kind_is_left_in_float(student: Student) -> None:
     student.autoencoder = nn.Sequential(nn.Conv2d(3, 8, 1))
     assert {name.split(".")[0] for name in int8_layers(student)} == {"network"}

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import nn
 
-from distill.autoencoder import SmallAutoencoder, SmallAutoencoderConfig, set_principal_components
+from distill.aligned import AlignedRPFM, create_network
+from distill.autoencoder import (
+    AlignedAutoencoder,
+    SmallAutoencoder,
+    SmallAutoencoderConfig,
+    normalise,
+    set_principal_components,
+)
 from distill.batches import EncodedSplit, encode_split
 from distill.rpfm import RPFM, RPFMConfig
+from distill.student import Student
 from distill.teacher import Guidance, RPFMTeacher
 from rpfm_edge.data import open_split, sample_root
 from rpfm_edge.image import to_model
@@ -17,7 +28,10 @@ SIZE = (64, 48)
 NETWORK = RPFMConfig(dim=32, depth=2, heads=2, latent_size=(8, 6))
 
 
-def randomised(network: RPFM, seed: int = 0) -> RPFM:
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def randomised(network: Module, seed: int = 0) -> Module:
     """Give the zero-initialised layers values, so that no gate hides a mistake."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -33,6 +47,23 @@ def toy_teacher(scale: float = 1.5, schedule: str = "constant") -> RPFMTeacher:
     images = open_split(sample_root(), "test").images(range(0, 96, 12), SIZE)
     set_principal_components(autoencoder, torch.from_numpy(to_model(images)))
     return RPFMTeacher(randomised(RPFM(NETWORK)), autoencoder, Guidance(scale, schedule), SIZE)
+
+
+def toy_aligned_student() -> Student:
+    """A random student of keypoints over a principal-component autoencoder; its map is a little off the limb map."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = replace(NETWORK, pose="keypoints", shared_modulation=True, step_embedding=True)
+        network, autoencoder = create_network(config), AlignedAutoencoder(SmallAutoencoderConfig(widths=(8, 8, 16)))
+    assert isinstance(network, AlignedRPFM)
+    images = torch.from_numpy(to_model(open_split(sample_root(), "test").images(range(0, 96, 12), SIZE)))
+    set_principal_components(autoencoder, images)
+    normalise(autoencoder, [images])
+    randomised(network)
+    network.conditioner.see_as(autoencoder)
+    with torch.no_grad():
+        network.alignment.aligner.head[1].weight.mul_(0.1)
+    return Student(network, randomised(autoencoder, 1)).eval()
 
 
 def toy_data(teacher: RPFMTeacher, cache: Path) -> EncodedSplit:

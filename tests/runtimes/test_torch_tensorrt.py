@@ -86,6 +86,33 @@ def test_half_products(tiny_graph: Artifact) -> None:
             assert 0 < (result - known).abs().max() < 2e-3 * known.abs().max()
 
 
+def test_half_products_leave_the_map_in_single_precision(aligned_graph: Artifact) -> None:
+    from distill.export import modules
+    from rpfm_edge import canary
+
+    known = canary.of(aligned_graph)
+    assert known is not None
+    signature, module = aligned_graph.signatures["frame"], modules(aligned_graph.path / "student")["frame"]
+    grids: list[Any] = []
+
+    def keep(part: Any, inputs: Any, output: Any) -> None:
+        grids.append(output.grid)
+
+    feeds = [torch.from_numpy(known[spec.name].astype(spec.dtype)) for spec in signature.inputs]
+    hook = module.student.network.alignment.aligner.register_forward_hook(keep)
+    with torch.no_grad():
+        exact, _ = module(*feeds)
+        with torch_trt.half_products(module):
+            half, _ = module(*feeds)
+    hook.remove()
+    assert torch.equal(*grids)
+    assert 40 < psnr_db(half[0].numpy(), exact[0].numpy()) < np.inf
+    with torch_trt.half_products(module):
+        program = torch_trt.exported(module, signature)
+    kinds = [node.meta["val"].dtype for node in products(program)]
+    assert {torch.float16, torch.float32} == set(kinds)
+
+
 @pytest.mark.parametrize("without", ["student", "factory"])
 def test_refuses_a_graph_without_its_student(
     make_graph: Callable[..., Artifact], engine: Path, without: str, library: None
