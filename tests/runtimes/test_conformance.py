@@ -323,3 +323,65 @@ def test_importing_runtimes_is_light() -> None:
     code = f"import sys; sys.path = {sys.path!r}; import runtimes; print(sorted({heavy!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# A graph that aligns the source with keypoints: what is special about it ---------------------------------------------
+
+
+@pytest.fixture(params=["prepare", "frame"])
+def aligned(
+    request: pytest.FixtureRequest, runtime: Runtime, aligned_graph: Artifact, engine: Path, options: dict[str, int]
+) -> Iterator[tuple[Session, dict[str, np.ndarray], Callable[..., dict[str, np.ndarray]]]]:
+    """A session of one of its graphs, feeds that show a person, and the float student in torch."""
+    from distill.export import reference
+    from rpfm_edge import canary
+
+    name, known = request.param, canary.of(aligned_graph)
+    assert known is not None
+    runtime.build(aligned_graph, name, engine, options)
+    signature = aligned_graph.signatures[name]
+    feeds = {spec.name: known[spec.name].astype(spec.dtype) for spec in signature.inputs}
+    with runtime.open(engine.rename(engine.with_name("moved")), signature, options) as opened:
+        yield opened, feeds, reference(aligned_graph.path / "student")[name]
+
+
+def check_near(found: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:
+    assert {name: (array.shape, array.dtype) for name, array in found.items()} == {
+        name: (array.shape, array.dtype) for name, array in want.items()
+    }
+    for name, array in found.items():
+        if array.dtype == np.uint8:
+            assert np.abs(array.astype(int) - want[name]).max() <= 1  # a tie may be rounded either way
+        else:
+            np.testing.assert_allclose(array, want[name], atol=2e-3, rtol=1e-3)
+
+
+def test_a_graph_that_aligns_computes_the_student(aligned: Any) -> None:
+    session, feeds, student = aligned
+    before = {name: array.copy() for name, array in feeds.items()}
+    first = session.run(feeds)
+    check_near(first, student(feeds))
+    assert all(np.array_equal(feeds[name], before[name]) for name in feeds)
+    again = session.run(feeds)
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+
+
+def test_a_graph_that_aligns_sees_joints_move_and_go(aligned: Any) -> None:
+    """One input moves while all others stay, down to no joint at all."""
+    session, feeds, student = aligned
+    name = "pose" if "pose" in feeds else "keypoints"
+    for points in (feeds[name] + 2.5, np.where(np.arange(18)[None, :, None] < 9, feeds[name], np.float32(-1e4))):
+        moved = feeds | {name: np.ascontiguousarray(points.astype(np.float32))}
+        check_near(session.run(moved), student(moved))
+    nobody = feeds | {name: np.full_like(feeds[name], -1e4)}
+    check_near(session.run(nobody), student(nobody))
+
+
+def test_a_graph_that_aligns_takes_arrays_of_any_layout(aligned: Any) -> None:
+    session, feeds, student = aligned
+    want = student(feeds)
+    check_near(session.run({name: np.asfortranarray(array) for name, array in feeds.items()}), want)
+    views = {name: array.view() for name, array in feeds.items()}
+    for view in views.values():
+        view.flags.writeable = False
+    check_near(session.run(views), want)
