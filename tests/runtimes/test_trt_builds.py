@@ -56,26 +56,30 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Art
 
 
 def student(preset: str, out: Path) -> Path:
-    """The shipped student, or one of that preset with random weights in every layer."""
+    """The shipped student, or one of that preset with random weights in every layer: "aligned-xs" wants keypoints."""
     if f"student:{preset}" in assets.shipped():
         return assets.resolve(f"student:{preset}")
     import torch
 
-    from distill.autoencoder import SmallAutoencoder, SmallAutoencoderConfig
-    from distill.rpfm import RPFM
+    from distill.aligned import create_network
+    from distill.autoencoder import AlignedAutoencoder, SmallAutoencoder, SmallAutoencoderConfig
     from distill.rpfm import preset as architecture
     from distill.student import DistillConfig, Student, save_student
 
+    size, kind = preset.rpartition("-")[2], "keypoints" if preset.startswith("aligned-") else "skeleton"
+    config = architecture(size, kind, step_embedding=True)  # type: ignore[arg-type]
+    autoencoder = AlignedAutoencoder if kind == "keypoints" else SmallAutoencoder
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        made = Student(RPFM(architecture(preset, step_embedding=True)), SmallAutoencoder(SmallAutoencoderConfig()))
+        decoder = autoencoder(SmallAutoencoderConfig(latent_channels=config.latent_channels))
+        made = Student(create_network(config), decoder)
         with torch.no_grad():
             for parameter in made.parameters():  # some start at zero, and would fold away
                 parameter.add_(0.02 * torch.randn_like(parameter))
     return save_student(made, out, DistillConfig(steps=1), (256, 176), ()).path
 
 
-@pytest.fixture(params=["xs", "s"], scope="module")
+@pytest.fixture(params=["xs", "s", "aligned-xs"], scope="module")
 def preset(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -103,6 +107,13 @@ def test_builds_with_int8_kernels_and_fused_attention(
     depth = graph.signatures["prepare"].outputs[0].shape[1]
     # The last layer of prepare ends in its keys and values, which attend to nothing.
     assert attention == (depth - 1 if name == "prepare" else depth * graph.config["steps"])
+
+
+@pytest.mark.parametrize("name", ["prepare", "frame"])
+def test_builds_a_float_graph_that_aligns(
+    graphs: Callable[[str, str], Artifact], name: str, library: trt_api.Library
+) -> None:
+    assert build_plan(library, graphs("aligned-xs", "fp32").file(f"{name}.onnx"), Settings(targets=("8.6",)))
 
 
 @pytest.fixture(scope="module")
