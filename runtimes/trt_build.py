@@ -10,7 +10,9 @@ from typing import Any
 
 from rpfm_edge.artifact import write_bytes
 from rpfm_edge.errors import BackendError, ConfigError
+from rpfm_edge.metrics import import_extra
 from rpfm_edge.progress import Advance, progress
+from rpfm_edge.source_map import exact_nodes
 from runtimes.trt_api import Library
 
 MIB = 2**20
@@ -67,7 +69,7 @@ def build_plan(
     parser = trt.OnnxParser(network, logger)
     _parse(parser, network, library, graph)
     config = _config(library, builder, settings, detailed=log is not None)
-    _allow_precisions(library, network, config)
+    _allow_precisions(library, network, config, graph)
     cache = _timing_cache(library, config, timing)
     with progress(f"building {graph.stem}", 1) as advance:
         monitor = _monitor(trt, advance)
@@ -180,8 +182,8 @@ def start(kind: Any, library: Library, logger: Any) -> Any:
         ) from error
 
 
-def _allow_precisions(library: Library, network: Any, config: Any) -> None:
-    """On 8.6, allow the precisions that the graph has, and keep norms and softmax in FP32.
+def _allow_precisions(library: Library, network: Any, config: Any, graph: Path) -> None:
+    """On 8.6, allow the precisions that the graph has, and keep norms, softmax and the source's map in FP32.
 
     Later versions read both from the graph.
     """
@@ -194,8 +196,9 @@ def _allow_precisions(library: Library, network: Any, config: Any) -> None:
     for flag in library.precision_flags:
         if quantized if flag == "INT8" else half:
             config.set_flag(getattr(trt.BuilderFlag, flag))
+    exact = exact_nodes(import_extra("onnx", "tensorrt-8").load(graph, load_external_data=False)) if half else ()
     for layer in layers:
-        if layer.type.name in FP32_LAYERS:
+        if layer.type.name in FP32_LAYERS or layer.name in exact:
             layer.precision = trt.float32
 
 

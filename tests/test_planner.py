@@ -59,6 +59,22 @@ def test_the_chosen_graph_is_the_plan(tiny_graph: Artifact, planned: tuple[Path,
     assert graph.signatures == tiny_graph.signatures
 
 
+@pytest.mark.slow
+def test_a_plan_of_a_graph_that_aligns_leaves_the_map_alone(
+    aligned_graph: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Candidates, "frame_times", falling_times)
+    config = PlanConfig("openvino", Budget(psnr_db_min=25), **(SMALL | {"points": 1}))
+    result = plan_precision(aligned_graph, "sample", tmp_path / "graph", config)
+    assert result["chosen"] == f"int8-{len(result['units'])}"
+    plan = artifact.load(tmp_path / "graph", "graph").config["plan"]["frame"]
+    mapped = {name for name in plan if name.startswith("align.")}
+    assert mapped
+    assert {plan[name] for name in mapped} == {"fp32"}
+    assert not mapped & {unit["name"] for unit in result["units"]}
+    assert {plan[name] for name in plan if name.startswith("block")} == {"int8"}
+
+
 def test_its_figures_are_those_of_its_bundle(
     tiny_graph: Artifact, planned: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

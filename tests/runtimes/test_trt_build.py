@@ -37,6 +37,39 @@ def write_graph(path: Path, *nodes: tuple[str, str, str], kind: int = 1) -> Path
     return path
 
 
+def write_map(path: Path) -> Path:
+    """An ONNX file whose node "places" makes the places of a GridSample."""
+    nodes = [
+        onnx.helper.make_node("Neg", ["grid"], ["at"], "places"),
+        onnx.helper.make_node("GridSample", ["x", "at"], ["fetched"], "fetch"),
+        onnx.helper.make_node("Neg", ["fetched"], ["y"], "other"),
+    ]
+    shapes = {"x": (1, 3, 4, 4), "grid": (1, 4, 4, 2), "y": (1, 3, 4, 4)}
+    x, grid, y = (onnx.helper.make_tensor_value_info(name, 1, shape) for name, shape in shapes.items())
+    opset = [onnx.helper.make_opsetid("", 20)]
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [x, grid], [y]), opset_imports=opset), path)
+    return path
+
+
+def test_builds_a_graph_that_aligns_in_every_precision(
+    aligned_graph: Artifact, library: trt_api.Library, tmp_path: Path
+) -> None:
+    pytest.importorskip("nncf")
+    from quantize import apply, calibrate
+    from rpfm_edge.data import open_split, sample_root
+    from runtimes.trt import graph_file
+    from tests.runtimes import trt_log
+
+    samples = calibrate.record(aligned_graph, open_split(sample_root(), "test"), tmp_path / "samples", 8)
+    half = apply.quantize(aligned_graph, "fp16", tmp_path / "fp16")
+    int8 = apply.quantize(aligned_graph, "int8", tmp_path / "int8", samples)
+    for graph in (aligned_graph, half, int8):
+        for name in ("prepare", "frame"):
+            log: list[str] = []
+            assert build_plan(library, graph_file(graph, name, library), AMPERE, log=log.append)
+            assert trt_log.int8_products(log) == graph.config.get("int8_layers", {}).get(name, {})
+
+
 def test_builds_and_lists_the_layers(graph: Artifact, library: trt_api.Library) -> None:
     log: list[str] = []
     plan = build_plan(library, graph.file("frame.onnx"), AMPERE, log=log.append)
@@ -103,23 +136,26 @@ def test_settings_reach_the_builder(library: trt_api.Library) -> None:
     ],
 )
 def test_flags_where_types_are_not_strong(
-    library: trt_api.Library, kinds: tuple[str, ...], half: bool, expected: list[str]
+    library: trt_api.Library, kinds: tuple[str, ...], half: bool, expected: list[str], tmp_path: Path
 ) -> None:
-    """As on 8.6: what the graph has is allowed, and norms and softmax are told to stay in FP32."""
+    """As on 8.6: what the graph has is allowed, and norms, softmax and the source's map are told to stay in FP32."""
+    graph = write_map(tmp_path / "frame.onnx")
     names = ("FP16", "INT8", "PREFER_PRECISION_CONSTRAINTS")
     flag = SimpleNamespace(**{name: name for name in names})
     module = SimpleNamespace(BuilderFlag=flag, float16="float16", float32="float32")
     output = SimpleNamespace(dtype="float16" if half else "float32")
     layers = [
-        SimpleNamespace(type=SimpleNamespace(name=kind), get_output=lambda place: output)
-        for kind in (*kinds, "NORMALIZATION", "SOFTMAX")
+        SimpleNamespace(type=SimpleNamespace(name=kind), name=name, get_output=lambda place: output)
+        for kind, name in (*((kind, "other") for kind in kinds), ("NORMALIZATION", "n"), ("SOFTMAX", "s"))
     ]
+    layers.append(SimpleNamespace(type=layers[0].type, name="places", get_output=lambda place: output))
     network = SimpleNamespace(num_layers=len(layers), get_layer=layers.__getitem__)
     flags: list[str] = []
     old = replace(library, module=module, precision_flags=names)
-    trt_build._allow_precisions(old, network, SimpleNamespace(set_flag=flags.append))
+    trt_build._allow_precisions(old, network, SimpleNamespace(set_flag=flags.append), graph)
     assert flags == expected
-    assert [getattr(layer, "precision", None) for layer in layers] == [None] * len(kinds) + ["float32"] * 2
+    told = [getattr(layer, "precision", None) for layer in layers]
+    assert told == [None] * len(kinds) + ["float32"] * 2 + ["float32" if expected else None]
 
 
 def test_hardware_compatibility_where_the_library_has_it(library: trt_api.Library) -> None:
