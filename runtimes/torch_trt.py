@@ -182,10 +182,12 @@ def half_products(module: Any) -> Iterator[None]:
             part.register_forward_hook(lambda *_: inside.clear()),
         )
     ]
-    with HalfProducts():
-        yield
-    for hook in hooks:
-        hook.remove()
+    try:
+        with HalfProducts():
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @cache
