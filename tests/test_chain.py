@@ -24,7 +24,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("chain")
     config = folder / "tiny.toml"
     config.write_text(
-        f'preset = "tiny"\nsize = {list(SIZE)}\nweights = "fp32"\nautoencoder_seconds = 1.0\nseconds = 2.0\n'
+        f'preset = "tiny"\npose = "skeleton"\nsize = {list(SIZE)}\nweights = "fp32"\nautoencoder_seconds = 1.0\nseconds = 2.0\n'
         "sources = 2\ntargets_per_source = 4\n"
     )
     with pytest.MonkeyPatch.context() as patch:
