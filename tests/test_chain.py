@@ -24,8 +24,8 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("chain")
     config = folder / "tiny.toml"
     config.write_text(
-        f'preset = "tiny"\npose = "skeleton"\nsize = {list(SIZE)}\nweights = "fp32"\nautoencoder_seconds = 1.0\nseconds = 2.0\n'
-        "sources = 2\ntargets_per_source = 4\n"
+        f'preset = "tiny"\npose = "skeleton"\nsize = {list(SIZE)}\nweights = "fp32"\n'
+        "autoencoder_seconds = 1.0\nseconds = 2.0\nsources = 2\ntargets_per_source = 4\n"
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(rpfm.PRESETS, "tiny", rpfm.RPFMConfig(dim=32, depth=2, heads=2))

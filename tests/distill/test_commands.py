@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from distill import rpfm
+from distill.autoencoder import AlignedAutoencoder
 from distill.commands import DistillRecipe, distill
+from distill.export import export
 from distill.student import DistillConfig, create_student, load_student
 from distill.teach import TrainRecipe, train
 from distill.teacher import load_teacher
@@ -287,3 +289,23 @@ def test_unfinished_training_on_other_inputs_is_refused(
     (folder / "other.work" / "flowmap-4.safetensors").unlink()
     distill(more, str(teacher.path), splits[0], folder / "other")
     assert len(list((folder / "store-2").glob("shard-*"))) == shards + 2
+
+
+@pytest.mark.slow
+def test_a_teacher_of_keypoints_is_made_in_stages_and_distilled(splits: tuple[Split, Split], tmp_path: Path) -> None:
+    """Autoencoder, alignment, flow and decoder; the same call finds all of them done."""
+    recipe = replace(TRAINED, pose="keypoints", guidance_scale=1.0, cache=str(tmp_path / "cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(rpfm.PRESETS, "tiny", rpfm.RPFMConfig(dim=32, depth=1, heads=2))
+        made = train(recipe, splits[0], tmp_path / "teacher", splits[1])
+        again = train(recipe, splits[0], tmp_path / "teacher", splits[1])
+    assert [stage.stage for stage in made.lineage] == ["autoencoder", "alignment", "train", "decoder"]
+    assert made.files == again.files
+    teacher = load_teacher(made.path)
+    assert teacher.pose == "keypoints"
+    assert isinstance(teacher.autoencoder, AlignedAutoencoder)
+    distilled = distill(replace(QUICK, cache=recipe.cache, steps=1), str(made.path), splits[0], tmp_path / "student")
+    graph = export(distilled.path, tmp_path / "graph")
+    assert graph.config["pose"] == "keypoints"
+    assert graph.signatures["frame"].input("pose").shape == (1, 18, 2)
+    assert {"joints", "joint_scores"} <= {spec.name for spec in graph.signatures["prepare"].outputs}
