@@ -62,6 +62,8 @@ def train(
     out: Out,
     seconds: Annotated[float | None, typer.Option(help="Training time of the flow network.")] = None,
     autoencoder_seconds: Annotated[float | None, typer.Option(help="Training time of the autoencoder.")] = None,
+    alignment_seconds: Annotated[float | None, typer.Option(help="Training time of the alignment.")] = None,
+    decoder_seconds: Annotated[float | None, typer.Option(help="Training time of the aligned decoder.")] = None,
     autoencoder: Annotated[
         str | None, typer.Option(help="'small', or the folder of a diffusers AutoencoderKL.")
     ] = None,
@@ -69,7 +71,14 @@ def train(
     json: Json = False,
 ) -> None:
     """Train an RPFM teacher."""
-    changes = {"seconds": seconds, "autoencoder_seconds": autoencoder_seconds, "autoencoder": autoencoder, "seed": seed}
+    changes = {
+        "seconds": seconds,
+        "autoencoder_seconds": autoencoder_seconds,
+        "alignment_seconds": alignment_seconds,
+        "decoder_seconds": decoder_seconds,
+        "autoencoder": autoencoder,
+        "seed": seed,
+    }
     _made(api.train(config, data, out, **changes), json)
 
 

@@ -644,7 +644,8 @@ def test_train_and_distill_as_json(call: Call, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(rpfm.PRESETS, "tiny", rpfm.RPFMConfig(dim=32, depth=1, heads=2))
     config, teacher, student = tmp_path / "tiny.toml", tmp_path / "teacher", tmp_path / "student"
     config.write_text(f'preset = "tiny"\nsize = {list(SIZE)}\nsources = 2\ntargets_per_source = 4\n')
-    seconds = ("--seconds", 0.1, "--autoencoder-seconds", 0.1)
+    seconds = [f"--{stage}seconds" for stage in ("", "autoencoder-", "alignment-", "decoder-")]
+    seconds = [word for option in seconds for word in (option, 0.1)]
     record = last_json(call("train", config, "--data", "sample", "--out", teacher, *seconds, "--json"))
     assert record == {"path": str(teacher), "kind": "teacher", "digest": artifact.load(teacher).digest}
     options = ("--steps", 1, "--trajectories", 64, "--seconds", 0.1)
