@@ -187,10 +187,6 @@ def load_kl(folder: Path | str) -> KLAutoencoder:
 _CONVOLUTIONAL = {"small": SmallAutoencoder, "aligned": AlignedAutoencoder}
 
 
-def _kind(autoencoder: SmallAutoencoder) -> str:
-    return next(kind for kind, found in _CONVOLUTIONAL.items() if type(autoencoder) is found)
-
-
 def create(config: dict[str, Any]) -> nn.Module:
     """The autoencoder that a teacher's or student's manifest describes, without its weights."""
     if config["kind"] in _CONVOLUTIONAL:
@@ -208,7 +204,8 @@ def create(config: dict[str, Any]) -> nn.Module:
 def describe(autoencoder: nn.Module) -> dict[str, Any]:
     """The config that ``create`` turns into the same architecture."""
     if isinstance(autoencoder, SmallAutoencoder):
-        return {"kind": _kind(autoencoder), **asdict(autoencoder.config)}
+        kind = "aligned" if isinstance(autoencoder, AlignedAutoencoder) else "small"
+        return {"kind": kind, **asdict(autoencoder.config)}
     if isinstance(autoencoder, KLAutoencoder):
         config = {k: v for k, v in autoencoder.vae.config.items() if not k.startswith("_")}  # where it was read from, …
         return {"kind": "kl", "config": config}

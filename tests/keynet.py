@@ -55,6 +55,9 @@ class KeyNetwork(nn.Module):
         distances = (self.places[None, None] - points[:, :, None, None]).square().sum(-1)
         return (torch.exp(-distances / 100) * visible(points)[..., None, None]).sum(1, keepdim=True)
 
+    def start(self, noise: Tensor, tensors: Tensors) -> Tensor:
+        return noise
+
     def forward(
         self, x: Tensor, t: Tensor, d: Tensor | None = None, *, appearance: Tensor, motion: Tensor, **others: Tensor
     ) -> Tensor:
