@@ -107,14 +107,14 @@ def _person(
     photo, joints = np.ascontiguousarray(images[0]), pose(source)
     mapped = has_surfaces(split)
     own = np.full((height // 2, width // 2, 4), -1, np.float32)
-    if mapped and framing is None:
-        there = surface(source)
+    there = surface(source) if mapped else None
+    if there is not None and framing is None:
         own = np.concatenate([there.points, there.layers[..., None]], axis=2, dtype=np.float32)
     if framing is not None:
         how = cv2.INTER_AREA if framing[0, 0] < 1 else cv2.INTER_LINEAR
         photo = cv2.warpAffine(photo, framing, (width, height), flags=how, borderMode=cv2.BORDER_REPLICATE)
         joints = joints @ framing[:, :2].T + framing[:, 2]
-    trees = search_trees(surface(source)) if mapped else {}
+    trees = search_trees(there) if there is not None else {}
     targets = []
     for index, image in zip(row, images[1:], strict=True):
         shown = cv2.resize(np.ascontiguousarray(image), (width // 2, height // 2), interpolation=cv2.INTER_AREA)

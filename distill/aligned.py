@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill.alignment import CONTEXT, Aligned, Alignment, enlarge, fetch
+from distill.alignment import CONTEXT, Aligned, Alignment, enlarge, enlarged, fetch
 from distill.autoencoder import FEATURES, MASKS, SmallAutoencoder
 from distill.blocks import stack
 from distill.condition import Source, Tensors, visible
@@ -119,7 +119,7 @@ def move(aligned: Aligned, photo: Tensor, fine: Tensor, backdrop: Tensor) -> Ten
     and which layer is there."""
     quarter = F.avg_pool2d(aligned.grid.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
     masks = torch.cat([torch.sigmoid(aligned.seen), torch.softmax(aligned.layers, dim=1)], dim=1)
-    person = 1 - F.interpolate(masks[:, 1:2], scale_factor=2, mode="bilinear")
+    person = 1 - enlarged(masks[:, 1:2])
     return {
         "moved_photo": backdrop + person * (fetch(photo, enlarge(aligned.grid)) - backdrop),
         "moved_features": fetch(fine, quarter),

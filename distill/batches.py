@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from distill.autoencoder import Autoencoder, describe
 from distill.condition import Source, with_missing
 from distill.resident import Pictures, as_model, fits, make_pictures, open_pictures
-from distill.weights import readable
+from distill.weights import readable, weights_digest
 from rpfm_edge.artifact import json_digest, write_bytes
 from rpfm_edge.data import Split
 from rpfm_edge.image import to_model
@@ -153,8 +152,4 @@ def _encode(pictures: Pictures, autoencoder: Autoencoder, device: torch.device |
 def fingerprint(autoencoder: Autoencoder) -> str:
     """sha256 of config and weights, the same on every device."""
     assert isinstance(autoencoder, nn.Module)
-    sha = hashlib.sha256(json_digest(describe(autoencoder)).encode())
-    for name, value in autoencoder.state_dict().items():
-        sha.update(name.encode())
-        sha.update(value.detach().float().cpu().numpy().tobytes())
-    return sha.hexdigest()
+    return weights_digest(autoencoder, json_digest(describe(autoencoder)))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill.autoencoder import ALIGNED, LATENT_NOISE, AlignedAutoencoder, SmallAutoencoder, edges
+from distill.autoencoder import ALIGNED, LATENT_NOISE, AlignedAutoencoder, SmallAutoencoder, reconstruction_loss
 from distill.batches import EncodedSplit
 from distill.condition import Tensors
 from distill.teacher import RPFMTeacher, sample_teacher
@@ -47,7 +47,7 @@ def with_aligned_decoder(autoencoder: SmallAutoencoder) -> AlignedAutoencoder:
 
 
 class DecoderLoss(nn.Module):
-    """L1 and L2 of pixels, L1 of their differences."""
+    """The autoencoder's own loss, with twice the weight on squares."""
 
     def __init__(self, autoencoder: AlignedAutoencoder) -> None:
         super().__init__()
@@ -55,8 +55,7 @@ class DecoderLoss(nn.Module):
 
     def forward(self, latent: Tensor, truth: Tensor, tensors: Tensors) -> Tensor:
         image = self.autoencoder.decode(latent, tensors).float()
-        gradient = sum(F.l1_loss(a, b) for a, b in zip(edges(image), edges(truth), strict=True))
-        return F.l1_loss(image, truth) + 2 * F.mse_loss(image, truth) + gradient
+        return reconstruction_loss(image, truth) + F.mse_loss(image, truth)
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ Everything that takes long is kept in a work folder beside the result and contin
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -15,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import PartialState
-from torch import nn
 
 from distill import autoencoder as autoencoders
 from distill.align_training import AlignmentTraining, train_alignment
@@ -28,7 +26,7 @@ from distill.resident import Pictures, open_pictures
 from distill.rpfm import RPFMConfig, preset
 from distill.teacher import TOOLS, FlowMatchingConfig, Guidance, RPFMTeacher, save_teacher, train_teacher
 from distill.train import History, TrainConfig, join_processes
-from distill.weights import load_weights, save_weights
+from distill.weights import load_weights, save_weights, weights_digest
 from rpfm_edge import artifact
 from rpfm_edge.artifact import Artifact, Stage, json_digest, tool_versions
 from rpfm_edge.data import Split
@@ -127,15 +125,7 @@ def _flow(
     }
     if isinstance(network, AlignedRPFM):
         learnt_from["alignment"] = weights_digest(network.alignment)
-    limits = TrainConfig(
-        seconds=recipe.seconds,
-        lr=recipe.lr,
-        ema=recipe.ema,
-        seed=recipe.seed,
-        inputs=learnt_from,
-        evaluate_every_s=recipe.seconds / CURVE_POINTS,
-        compile=recipe.compile,
-    )
+    limits = _limits(TrainConfig(lr=recipe.lr, ema=recipe.ema), recipe, recipe.seconds, learnt_from)
     config = FlowMatchingConfig(limits, recipe.sources, recipe.targets_per_source)
     network, history = train_teacher(network, autoencoder, data, config, work / "teacher.safetensors", watched)
     teacher = RPFMTeacher(network, autoencoder, Guidance(recipe.guidance_scale, recipe.guidance_schedule), recipe.size)
@@ -177,18 +167,23 @@ def _autoencoder(recipe: TrainRecipe, pictures: Pictures, work: Path) -> tuple[A
     return autoencoder, (Stage("autoencoder", asdict(config), tool_versions(*TOOLS)),)
 
 
+def _limits(defaults: TrainConfig, recipe: TrainRecipe, seconds: float, learnt_from: dict[str, Any]) -> TrainConfig:
+    """``defaults`` within the budget of a stage, watched as often as every stage is."""
+    return replace(
+        defaults,
+        seconds=seconds,
+        seed=recipe.seed,
+        inputs=learnt_from,
+        evaluate_every_s=seconds / CURVE_POINTS,
+        compile=recipe.compile,
+    )
+
+
 def _alignment(recipe: TrainRecipe, people: People, work: Path) -> tuple[Alignment, Stage]:
     """With its weights as they will be stored."""
     defaults = AlignmentTraining()
     learnt_from = {"data": people.split.digest, "size": recipe.size, "weights": recipe.weights}
-    limits = replace(
-        defaults.train,
-        seconds=recipe.alignment_seconds,
-        seed=recipe.seed,
-        inputs=learnt_from,
-        evaluate_every_s=recipe.alignment_seconds / CURVE_POINTS,
-        compile=recipe.compile,
-    )
+    limits = _limits(defaults.train, recipe, recipe.alignment_seconds, learnt_from)
     config = replace(defaults, train=limits, sources=recipe.sources)
     alignment, checkpoint = Alignment(recipe.size), work / "alignment.safetensors"
     watch = (people.validation, people.held_out) if people.validation and people.held_out else None
@@ -205,14 +200,7 @@ def _decoder(
     assert isinstance(teacher.autoencoder, SmallAutoencoder)
     defaults = DecoderTraining()
     learnt_from = {"teacher": weights_digest(teacher.network), "data": data.split.digest, "size": recipe.size}
-    limits = replace(
-        defaults.train,
-        seconds=recipe.decoder_seconds,
-        seed=recipe.seed,
-        inputs=learnt_from,
-        evaluate_every_s=recipe.decoder_seconds / CURVE_POINTS,
-        compile=recipe.compile,
-    )
+    limits = _limits(defaults.train, recipe, recipe.decoder_seconds, learnt_from)
     config = replace(defaults, train=limits)
     decoder = with_aligned_decoder(teacher.autoencoder)
     decoder, history = train_decoder(decoder, teacher, data, config, work / "decoder.safetensors", watched)
@@ -270,12 +258,3 @@ def thin(losses: list[float], points: int = 200) -> list[tuple[int, float]]:
 def check_choice(what: str, value: str, choices: Any) -> None:
     if value not in choices:
         raise ConfigError(f"unknown {what} {value!r}", expected=f"one of {sorted(choices)}", fix="check the spelling")
-
-
-def weights_digest(module: nn.Module) -> str:
-    """sha256 of its weights, the same on every device."""
-    sha = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        sha.update(name.encode())
-        sha.update(value.detach().float().cpu().numpy().tobytes())
-    return sha.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,3 +45,12 @@ def readable(file: Path, expected: str, fix: str) -> Iterator[None]:
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ArtifactError(f"{file} does not fit this run ({reason})", expected=expected, fix=fix) from None
+
+
+def weights_digest(module: nn.Module, what: str = "") -> str:
+    """sha256 of ``what`` and of the weights of a module, the same on every device."""
+    sha = hashlib.sha256(what.encode())
+    for name, value in module.state_dict().items():
+        sha.update(name.encode())
+        sha.update(value.detach().float().cpu().numpy().tobytes())
+    return sha.hexdigest()
