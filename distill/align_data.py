@@ -22,7 +22,7 @@ LAYER_ALONE = 0.1  # weight of a place that the source hides, while it shows the
 
 class AlignmentBatch(NamedTuple):
     """S photos with M targets each, B = S M; maps are at half the pictures' size. Without surface maps ``weight`` is 0
-    and the layers are -1."""
+    and the surfaces are -1."""
 
     pixels: Tensor  # (S, 3, H, W) in [-1, 1]
     joints: Tensor  # (S, 18, 2) those of the photos, in pixels, nan where missing
@@ -32,7 +32,7 @@ class AlignmentBatch(NamedTuple):
     places: Tensor  # (B, 2, H/2, W/2) frame units in the source
     weight: Tensor  # (B, 1, H/2, W/2): 1 where the source shows the place, less where it shows the layer, else 0
     seen: Tensor  # (B, 1, H/2, W/2) float: 1 where the source shows the place
-    layers: Tensor  # (B, H/2, W/2) int64, -1 where it is not known
+    surfaces: Tensor  # (B, 4, H/2, W/2): as ``surface``, of the targets
 
 
 class _Target(NamedTuple):
@@ -41,7 +41,7 @@ class _Target(NamedTuple):
     places: np.ndarray
     weight: np.ndarray
     seen: np.ndarray
-    layers: np.ndarray
+    surface: np.ndarray
 
 
 def draw_alignment(
@@ -63,7 +63,7 @@ def draw_alignment(
         photos.append(photo)
         targets += found
     pixels, joints, surface = (torch.from_numpy(np.stack(part)) for part in zip(*photos, strict=True))
-    poses, shown, places, weight, seen, layers = (
+    poses, shown, places, weight, seen, surfaces = (
         torch.from_numpy(np.stack(part)) for part in zip(*targets, strict=True)
     )
     return AlignmentBatch(
@@ -75,7 +75,7 @@ def draw_alignment(
         places.permute(0, 3, 1, 2) * (HEIGHT / pixels.shape[1]),
         weight[:, None],
         seen[:, None],
-        layers.long(),
+        surfaces.permute(0, 3, 1, 2),
     )
 
 
@@ -106,10 +106,8 @@ def _person(
 
     photo, joints = np.ascontiguousarray(images[0]), pose(source)
     mapped = has_surfaces(split)
-    own = np.full((height // 2, width // 2, 4), -1, np.float32)
     there = surface(source) if mapped else None
-    if there is not None and framing is None:
-        own = np.concatenate([there.points, there.layers[..., None]], axis=2, dtype=np.float32)
+    own = _as_array(there if framing is None else None, (height, width))
     if framing is not None:
         how = cv2.INTER_AREA if framing[0, 0] < 1 else cv2.INTER_LINEAR
         photo = cv2.warpAffine(photo, framing, (width, height), flags=how, borderMode=cv2.BORDER_REPLICATE)
@@ -118,15 +116,16 @@ def _person(
     targets = []
     for index, image in zip(row, images[1:], strict=True):
         shown = cv2.resize(np.ascontiguousarray(image), (width // 2, height // 2), interpolation=cv2.INTER_AREA)
-        truth = _truth(surface(index), trees, framing, (height, width)) if mapped else _untold((height, width))
-        targets.append(_Target(pose(index), shown, *truth))
+        there = surface(index) if mapped else None
+        truth = _truth(there, trees, framing, (height, width)) if there else _untold((height, width))
+        targets.append(_Target(pose(index), shown, *truth, _as_array(there, (height, width))))
     return (photo, joints.astype(np.float32), own), targets
 
 
 def _truth(
     target: Surface, trees: dict[int, tuple[object, np.ndarray]], framing: np.ndarray | None, size: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Places in pixels of the photo, weights, what is seen, and layers of one target."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Places in pixels of the photo, weights, and what is seen, of one target."""
     found = correspond(target, trees)
     places, seen, known = 2 * found.places + 1, found.seen, found.known  # the middle of two by two pixels
     if framing is not None:
@@ -134,14 +133,21 @@ def _truth(
         inside = ((places > 0) & (places < [size[1], size[0]])).all(axis=-1)
         seen, known = seen & inside, known & inside
     weight = seen + LAYER_ALONE * (known & ~seen)
-    return places.astype(np.float32), weight.astype(np.float32), seen.astype(np.float32), target.layers
+    return places.astype(np.float32), weight.astype(np.float32), seen.astype(np.float32)
 
 
-def _untold(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _untold(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The truth where a data set has no surface maps."""
     shape = (size[0] // 2, size[1] // 2)
     nothing = np.zeros(shape, np.float32)
-    return np.zeros((*shape, 2), np.float32), nothing, nothing, np.full(shape, -1, np.int8)
+    return np.zeros((*shape, 2), np.float32), nothing, nothing
+
+
+def _as_array(surface: Surface | None, size: tuple[int, int]) -> np.ndarray:
+    """(H/2, W/2, 4) points and layer, -1 where there are none."""
+    if surface is None:
+        return np.full((size[0] // 2, size[1] // 2, 4), -1, np.float32)
+    return np.concatenate([surface.points, surface.layers[..., None]], axis=2, dtype=np.float32)
 
 
 def draw_nobody(count: int, people: Tensor, rng: np.random.Generator) -> Tensor:

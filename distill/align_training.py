@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.align_data import AlignmentBatch, draw_alignment, draw_nobody
-from distill.alignment import Aligned, Alignment, Seen, fetch
+from distill.alignment import Aligned, Alignment, Seen, enlarge, fetch
 from distill.limbs import HEIGHT
 from distill.train import History, TrainConfig, fit
 from rpfm_edge.data import Split, draw_batch
@@ -31,7 +31,7 @@ class AlignmentTraining:
     sources: int = 4
     targets_per_source: int = 7
     jitter_px: float = 1.2
-    dropped: float = 0.03
+    dropped: float = 0.005
 
 
 class AlignmentLoss(nn.Module):
@@ -49,30 +49,35 @@ class AlignmentLoss(nn.Module):
 
 
 def map_losses(batch: AlignmentBatch, aligned: Aligned) -> dict[str, Tensor]:
-    """Of the map, of what is seen, of layers and of moved pixels."""
-    error = map_error(batch, aligned)
+    """Of the map before and after the source was looked at, of the body's points, of what is seen, of layers and of
+    moved pixels."""
+    error = map_error(batch, aligned.grid)
+    earlier = map_error(batch, enlarge(aligned.first))
     repeats = len(batch.targets) // len(batch.pixels)
     moved = fetch(batch.pixels.repeat_interleave(repeats, 0), aligned.grid).float()
     wrong = (moved - batch.pictures).abs().mean(1, keepdim=True)
-    told = (batch.layers >= 0).any()
+    wanted = batch.surfaces[:, 3].long()
+    told = (wanted >= 0).any()
     seen = batch.seen if told else (wrong.detach() < AGREE).float()
-    found = (error.clamp(max=FARTHEST) * batch.weight).sum() / batch.weight.sum().clamp(min=1)
-    layers = F.cross_entropy(aligned.layers.float(), batch.layers, ignore_index=-1) if told else wrong.new_zeros(())
-    trusted = batch.seen if told else torch.ones_like(wrong)
+    found, before = (
+        (one.clamp(max=FARTHEST) * batch.weight).sum() / batch.weight.sum().clamp(min=1) for one in (error, earlier)
+    )
+    layers = F.cross_entropy(aligned.layers.float(), wanted, ignore_index=-1) if told else wrong.new_zeros(())
+    trusted, worth = (batch.seen, 0.25) if told else (torch.ones_like(wrong), 1.0)
     return {
         "map": PER_UNIT * found,
+        "map before": 0.5 * PER_UNIT * before,
+        "points": 2 * _points_apart(aligned.points, batch.surfaces),
         "seen": F.binary_cross_entropy_with_logits(aligned.seen.float(), seen),
         "layers": layers,
-        "pixels": (wrong * trusted).sum() / trusted.sum().clamp(min=1),
+        "pixels": worth * (wrong * trusted).sum() / trusted.sum().clamp(min=1),
     }
 
 
-def map_error(batch: AlignmentBatch, aligned: Aligned) -> Tensor:
-    """(B, 1, H/2, W/2): how far the map is from the true one, in frame units."""
+def map_error(batch: AlignmentBatch, grid: Tensor) -> Tensor:
+    """(B, 1, H/2, W/2): how far a map is from the true one, in frame units."""
     width = HEIGHT * batch.pixels.shape[3] / batch.pixels.shape[2]
-    found = (
-        (aligned.grid.permute(0, 3, 1, 2).float() + 1) / 2 * aligned.grid.new_tensor([width, HEIGHT]).view(1, 2, 1, 1)
-    )
+    found = (grid.permute(0, 3, 1, 2).float() + 1) / 2 * grid.new_tensor([width, HEIGHT]).view(1, 2, 1, 1)
     return ((found - batch.places).square().sum(1, keepdim=True) + 0.01).sqrt()
 
 
@@ -84,18 +89,22 @@ def finder_losses(batch: AlignmentBatch, seen: Seen) -> dict[str, Tensor]:
     wanted = _heat(where, (height // 4, width // 4))
     surprise = -(wanted * torch.log_softmax(seen.heat, dim=2)).sum(2)
     away = (seen.joints - where).abs().sum(2).clamp(max=FARTHEST)
-    points = F.avg_pool2d(batch.surface, 2)
     layer = batch.surface[:, 3, ::2, ::2].long()
-    inner = ((layer > 0) & ((points[:, 3] - layer).abs() < 1e-3))[:, None].float()  # not at an edge of layers
-    told = (seen.surface[:, :3].float() - points[:, :3]).abs() * inner
     drawn = F.cross_entropy(seen.surface[:, 3:].float(), layer, ignore_index=-1, reduction="sum")
     return {
         "heat": 0.1 * (surprise * inside).sum() / count,
         "joints": PER_UNIT * (away * inside).sum() / count,
         "scores": F.binary_cross_entropy_with_logits(seen.scores.float(), inside),
-        "points": 2 * told.sum() / (3 * inner.sum()).clamp(min=1),
+        "own points": 2 * _points_apart(seen.surface[:, :3], batch.surface),
         "own layers": 0.5 * drawn / (layer >= 0).sum().clamp(min=1),
     }
+
+
+def _points_apart(found: Tensor, surface: Tensor) -> Tensor:
+    """Mean difference of points (n, 3, H/4, W/4) from those of a surface (n, 4, H/2, W/2), but at edges of layers."""
+    wanted, layer = F.avg_pool2d(surface, 2), surface[:, 3:, ::2, ::2]
+    inner = ((layer > 0) & ((wanted[:, 3:] - layer).abs() < 1e-3)).float()
+    return ((found.float() - wanted[:, :3]).abs() * inner).sum() / (3 * inner.sum()).clamp(min=1)
 
 
 def _heat(joints: Tensor, cells: tuple[int, int]) -> Tensor:
@@ -158,7 +167,7 @@ def held_out_error(
             _, aligned = model.alignment(batch.pixels, batch.joints, batch.targets)
             shown = batch.seen > 0
             found.append(
-                map_error(batch, aligned)[shown].median() if shown.any() else 10 * map_losses(batch, aligned)["pixels"]
+                map_error(batch, aligned.grid)[shown].median() if shown.any() else 10 * map_losses(batch, aligned)["pixels"]
             )
         return float(torch.stack(found).mean())
 

@@ -17,7 +17,7 @@ from distill.condition import Source, Tensors, visible
 from distill.rpfm import RPFM, RPFMConfig
 
 PHOTO_TENSORS = ("photo", "backdrop", "fine", "coarse", "summary", "joints")  # of the source, that a frame aligns
-START_NOISE = 0.5  # deviation of the noise around the prior, where the flow starts; latents have 1
+START_NOISE = 0.25  # deviation of the noise around the prior, where the flow starts; latents have 1
 CORNER = 8  # pixels of a photo's upper corners that show what is behind the person
 
 
@@ -103,7 +103,7 @@ class AlignedRPFM(RPFM):
     def pose(self, pose: Tensor, tensors: Tensors) -> Tensors:
         """``pose``: features (B, P, h, w) of keypoints (B, 18, 2); ``prior`` (B, C, h, w), where the flow starts; for
         the decoder the moved photo and features and the masks."""
-        aligned = self.alignment.aligner(pose, tensors["joints"], tensors["coarse"], tensors["summary"])
+        aligned = self.alignment.aligner(pose, *(tensors[name] for name in ("joints", "fine", "coarse", "summary")))
         moved = move(aligned, tensors["photo"], tensors["fine"], tensors["backdrop"])
         features, prior = self.conditioner(**moved, context=aligned.context)
         return {"pose": features, "prior": prior, **moved}

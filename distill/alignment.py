@@ -1,16 +1,16 @@
 """Alignment: what a source photo shows, moved to where the target pose wants it.
 
 Two networks. ``SourceEncoder`` looks at the photo, once per identity: features of it at 1/4 and 1/8, a summary, and the
-joints of the person. ``Aligner`` runs for every frame: it starts from the limb map (``distill.limbs``) and corrects it,
-and says for each place of the target whether the source shows it, and which layer (skin, top, hair, …) is there. The
-source's pixels and features are then fetched by that map, with one ``grid_sample`` each.
+joints of the person. ``Aligner`` runs for every frame: it starts from the limb map (``distill.limbs``), corrects it,
+looks at what the source shows there, and corrects it again; and it says for each place of the target whether the source
+shows it, and which layer (skin, top, hair, …) is there. The source's pixels and features are then fetched by that map,
+with one ``grid_sample`` each.
 
 Where a data set has surface maps (``distill.surface``) the map is taught exactly; otherwise the pictures teach it.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.autoencoder import FEATURES
-from distill.blocks import ResidualBlock, down, stack, up
+from distill.blocks import ResidualBlock, by_parts, down, stack, unshuffled, up
 from distill.limbs import HEIGHT, PARTS, Joints, complete, limb_map
 from distill.surface import LAYERS
 
@@ -91,10 +91,13 @@ class Aligned(NamedTuple):
     seen: Tensor  # (B, 1, H/2, W/2) logits: the source shows it
     layers: Tensor  # (B, 8, H/2, W/2) logits
     context: Tensor  # (B, 64, H/8, W/8) features
+    first: Tensor  # (B, H/4, W/4, 2): the grid before the source was looked at, which training teaches, too
+    points: Tensor  # (B, 3, H/4, W/4): the body's point in metres, as far as the poses tell
 
 
 class Aligner(nn.Module):
-    """The limb map, corrected: a U-Net from 1/4 to 1/16 and up to 1/2; 0.5 GFLOP a frame for 256 × 176."""
+    """The limb map, corrected twice: a U-Net from 1/4 to 1/16 and back, then a look at the source's features where
+    the first correction points, and a second one at 1/2; 0.7 GFLOP a frame for 256 × 176."""
 
     single = True  # in FP32 in engines of every precision (``runtimes.torch_trt``): a place must not shift
 
@@ -109,18 +112,21 @@ class Aligner(nn.Module):
         self.first, self.fall, self.low = stack(middle, 1), down(middle, low), stack(low, 3)
         self.rise, self.second = up(low, middle), stack(middle, 1)
         self.rise_again, self.join, self.third = up(middle, fine), nn.Conv2d(limbs, fine, 1), stack(fine, 1)
-        self.head = nn.Sequential(nn.ReLU(), nn.Conv2d(fine, 4 * (3 + len(LAYERS)), 1), nn.PixelShuffle(2))
-        nn.init.zeros_(self.head[1].weight)
-        nn.init.zeros_(self.head[1].bias)
+        self.estimate = nn.Conv2d(fine, 2 + 3, 1)
+        self.look, self.fourth = nn.Conv2d(FEATURES, fine, 1), stack(fine, 2)
+        self.head = nn.Conv2d(fine, 4 * (2 + 1 + len(LAYERS)), 1)
+        for layer in (self.estimate, self.head):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
         for scale in (4, 8):
             self.register_buffer(f"places{scale}", places(size, scale), persistent=False)
 
-    def forward(self, target: Tensor, source: Tensor, coarse: Tensor, summary: Tensor) -> Aligned:
+    def forward(self, target: Tensor, source: Tensor, fine: Tensor, coarse: Tensor, summary: Tensor) -> Aligned:
         """Align B target poses with B sources.
 
         Args:
             target, source: (B, 18, 2) joints in pixels, nan or ``MISSING`` where missing.
-            coarse, summary: of the source, from ``SourceEncoder``.
+            fine, coarse, summary: of the source, from ``SourceEncoder``.
         """
         height, width = self.size
         with torch.autocast(target.device.type, enabled=False):  # half precision would shift places by a pixel
@@ -135,8 +141,14 @@ class Aligner(nn.Module):
         mood = self.pose(vector(poses)) + self.summary(summary)
         fallen = unshuffled(x, self.fall[1].weight, 2, self.fall[1].bias)
         context = self.second(x + self.rise(self.low(fallen + mood[:, :, None, None])))
-        correction, seen, layers = self._heads(self.third(self.rise_again(context) + self.join(limbs)))
-        return Aligned(to_grid(enlarged(moved) + REACH * correction, self.size), seen, layers, context)
+        x = self.third(self.rise_again(context) + self.join(limbs))
+        shift, points = by_parts(F.relu(x), self.estimate, (2, 3))
+        moved = moved + REACH * shift
+        first = to_grid(moved, self.size)
+        x = self.fourth(x + self.look(fetch(fine, first.detach())))
+        shift, seen, layers = (F.pixel_shuffle(part, 2) for part in by_parts(F.relu(x), self.head, (8, 4, 4 * len(LAYERS))))
+        grid = to_grid(enlarged(moved) + REACH * shift, self.size)
+        return Aligned(grid, seen, layers, context, first, points)
 
     def _stem(self, limbs: Tensor, around: Tensor, felt: Tensor) -> Tensor:
         """The stem over all that is known of a place: the unshuffled limbs first, which are not copied for it."""
@@ -144,13 +156,6 @@ class Aligner(nn.Module):
         ours, others = self.stem.weight.split([4 * limbs.shape[1], self.stem.in_channels - 4 * limbs.shape[1]], dim=1)
         rest = F.conv2d(torch.cat([around, place, felt], dim=1), others, self.stem.bias)
         return rest + unshuffled(limbs, ours, 2)
-
-    def _heads(self, x: Tensor) -> list[Tensor]:
-        """Correction, seen and layers, each by the head's channels for it: cutting the whole is slower than that."""
-        x, conv = self.head[0](x), self.head[1]
-        ends = (0, *(4 * end for end in (2, 3, 3 + len(LAYERS))))
-        parts = (F.conv2d(x, conv.weight[start:end], conv.bias[start:end]) for start, end in pairwise(ends))
-        return [self.head[2](part) for part in parts]
 
     def _around(self, wanted: Joints) -> Tensor:
         """(B, 36, H/8, W/8): how near each joint is, on two scales."""
@@ -165,11 +170,6 @@ def vector(poses: Joints) -> Tensor:
     are known."""
     bodies = ((poses.points - poses.points[:, 1:2]) / poses.torso).flatten(1).unflatten(0, (2, -1))
     return torch.cat([bodies.transpose(0, 1).flatten(1), poses.known[: bodies.shape[1]].flatten(1)], dim=1)
-
-
-def unshuffled(x: Tensor, weight: Tensor, factor: int, bias: Tensor | None = None) -> Tensor:
-    """What a 1 × 1 convolution makes of ``x`` unshuffled, by one with strides, which needs no copy of ``x``."""
-    return F.conv2d(x, weight.reshape(len(weight), -1, factor, factor), bias, stride=factor)
 
 
 def places(size: tuple[int, int], scale: int) -> Tensor:
@@ -216,5 +216,5 @@ class Alignment(nn.Module):
     def forward(self, pixels: Tensor, source: Tensor, target: Tensor) -> tuple[Seen, Aligned]:
         """S photos (S, 3, H, W) in [-1, 1] with their joints (S, 18, 2), and B target poses, grouped by source."""
         seen, repeats = self.encoder(pixels), len(target) // len(pixels)
-        given = (part.repeat_interleave(repeats, dim=0) for part in (source, seen.coarse, seen.summary))
+        given = (part.repeat_interleave(repeats, dim=0) for part in (source, seen.fine, seen.coarse, seen.summary))
         return seen, self.aligner(target, *given)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill.blocks import ResidualBlock, up
+from distill.blocks import ResidualBlock, by_parts, unshuffled, up
 from distill.resident import as_model
 from distill.train import History, TrainConfig, fit
 from rpfm_edge.errors import ConfigError
@@ -119,20 +119,21 @@ class AlignedAutoencoder(SmallAutoencoder):
         self.low = nn.Sequential(nn.Conv2d(channels, c, 3, padding=1), ResidualBlock(c), up(c, b))
         self.join_fine = nn.Conv2d(FEATURES + MASKS, b, 1)
         self.middle = nn.Sequential(ResidualBlock(b), up(b, a))
-        self.join_moved = nn.Conv2d(12 + MASKS, a, 3, padding=1)
-        self.high = nn.Sequential(ResidualBlock(a), nn.ReLU(), nn.Conv2d(a, 16, 3, padding=1), nn.PixelShuffle(2))
+        self.join_moved = nn.Conv2d(12 + MASKS, a, 1)
+        self.high = nn.Sequential(ResidualBlock(a), nn.ReLU(), nn.Conv2d(a, 24, 1))
         nn.init.zeros_(self.high[2].weight)
         with torch.no_grad():
-            self.high[2].bias.copy_(torch.tensor([0.0] * 12 + [-1.0] * 4))
+            self.high[2].bias.copy_(torch.tensor([0.0] * 12 + [-1.0] * 12))
 
     def raw_decode(self, latent: Tensor, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
         """The image of a latent that is not normalised."""
         moved, fine, masks = _aligned(latent, tensors or {})
         x = self.low(latent) + self.join_fine(torch.cat([fine, F.avg_pool2d(masks, 2)], dim=1))
-        x = self.middle(x) + self.join_moved(torch.cat([F.pixel_unshuffle(moved, 2), masks], dim=1))
-        out = self.high(x)
-        drawn = F.pixel_shuffle(self.latent_to_patches(latent), self.factor) + out[:, :3]
-        return drawn + torch.sigmoid(out[:, 3:]) * (moved - drawn)
+        pixels, others = self.join_moved.weight.split([12, MASKS], dim=1)
+        x = self.middle(x) + unshuffled(moved, pixels, 2, self.join_moved.bias) + F.conv2d(masks, others)
+        change, trust = (F.pixel_shuffle(part, 2) for part in by_parts(self.high[:-1](x), self.high[-1], (12, 12)))
+        drawn = F.pixel_shuffle(self.latent_to_patches(latent), self.factor) + change
+        return drawn + torch.sigmoid(trust) * (moved - drawn)
 
     def decode(self, latent: Tensor, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
         """(B, C, h, w) → (B, 3, 8h, 8w); of the frame's tensors it looks at those of ``ALIGNED``."""

@@ -33,3 +33,14 @@ def down(before: int, after: int) -> nn.Sequential:
 def up(before: int, after: int) -> nn.Sequential:
     """Twice the size."""
     return nn.Sequential(nn.Conv2d(before, 4 * after, 1), nn.PixelShuffle(2))
+
+
+def unshuffled(x: Tensor, weight: Tensor, factor: int, bias: Tensor | None = None) -> Tensor:
+    """What a 1 × 1 convolution makes of ``x`` unshuffled, by one with strides, which needs no copy of ``x``."""
+    return F.conv2d(x, weight.reshape(len(weight), -1, factor, factor), bias, stride=factor)
+
+
+def by_parts(x: Tensor, layer: nn.Conv2d, parts: tuple[int, ...]) -> list[Tensor]:
+    """What a 1 × 1 convolution makes of ``x``, part by part: cutting the whole is slower than that."""
+    weights, biases = layer.weight.split(parts), layer.bias.split(parts)  # type: ignore[union-attr]
+    return [F.conv2d(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]

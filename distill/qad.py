@@ -74,7 +74,8 @@ class Rendering(nn.Module):
 def int8_layers(student: Student) -> dict[str, nn.Module]:
     """The modules that ``quantize`` turns into INT8, by name: the rule of ``quantize.layers``, told of modules.
 
-    An autoencoder of another kind stays in float here, so what quantization does to it is not trained against.
+    But for the alignment's, whose rounding moves a place by less than a tenth of a pixel. An autoencoder of another
+    kind stays in float here, so what quantization does to it is not trained against.
     """
     network, autoencoder = student.network, student.autoencoder
     found: dict[str, nn.Module] = {}
@@ -84,7 +85,7 @@ def int8_layers(student: Student) -> dict[str, nn.Module]:
             found |= {n: m for n, m in layers if isinstance(m, nn.Linear) and m is not block.modulation}
     if network.pose_encoder is not None:
         found |= dict(_convolutions(network.pose_encoder.layers, "network.pose_encoder.layers")[:-1])
-    if isinstance(network, AlignedRPFM):  # whose alignment stays in float
+    if isinstance(network, AlignedRPFM):
         found |= dict(_convolutions(network.conditioner.layers, "network.conditioner.layers")[1:-1])
     if isinstance(autoencoder, SmallAutoencoder):
         found |= dict(_convolutions(autoencoder.encoder, "autoencoder.encoder"))
@@ -225,7 +226,7 @@ def train_rounded(
     rounded = Rendering(student.requires_grad_(True), config.steps)
     student.network.null_source.requires_grad_(False)  # of guidance, which is folded in
     if isinstance(student.network, AlignedRPFM):
-        student.network.alignment.requires_grad_(False)  # it is not rounded
+        student.network.alignment.requires_grad_(False)  # it is not rounded here
 
     def batch(targets: int, rng: np.random.Generator) -> Batch:
         source, pose, noise = draw(split, size, targets, latent, rng, student.network.pose_kind)

@@ -71,7 +71,7 @@ PRESETS = {
 
 # Where the source is aligned, much less is left to the transformer.
 _BY_KEYPOINTS = {"pose": "keypoints", "pose_channels": 48, "latent_channels": 12, "shared_modulation": True}
-_BY_KEYPOINTS_TOO = {"xs": {"depth": 5, "mlp_ratio": 3}}
+_BY_KEYPOINTS_TOO = {"xs": {"depth": 4, "mlp_ratio": 3}}
 
 
 def preset(name: str, pose: PoseKind = "skeleton", **changes: object) -> RPFMConfig:

@@ -128,7 +128,7 @@ def to_int8(
         ParityError: what ``control`` demands is out of reach.
     """
     config = config or Int8Config()
-    layers = plan(model)
+    layers = plan(model, corrections=True)
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     if config.smooth_quant_alpha is not None:

@@ -1,13 +1,13 @@
 """Which layers of an exported graph are quantized: decided by where they stand in it, never by the exporter's names.
 
 A *product* is a Conv, Gemm or MatMul; a *layer* is a product with weights. Two products are neighbours if nothing but
-cheap operations lies between them. The *map* is what makes the places that a GridSample fetches: wrong by a percent, it
-would be wrong by pixels, so it is in FP32 whatever the precision of the rest.
+cheap operations lies between them. The *map* is what makes the places that a GridSample fetches; what computes with
+places is in FP32 whatever the precision of the rest (``source_map``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import onnx
 
 from rpfm_edge.errors import ArtifactError
 from rpfm_edge.pipeline import JOINTS
-from rpfm_edge.source_map import map_nodes, reaching
+from rpfm_edge.source_map import map_nodes, place_nodes, reaching
 
 PRODUCTS = ("Conv", "Gemm", "MatMul")
 IMAGE = onnx.TensorProto.UINT8
@@ -29,8 +29,9 @@ class Plan:
     kept: tuple[str, ...]
 
 
-def plan(model: onnx.ModelProto) -> Plan:
-    """Divide the products of ``model``, a "prepare" or "frame" graph.
+def plan(model: onnx.ModelProto, corrections: bool = False) -> Plan:
+    """Divide the products of ``model``, a "prepare" or "frame" graph; with ``corrections`` those convolutions of the
+    map that say how it is corrected are quantized, too.
 
     These stay float, because an error there is not averaged out by what follows, or costs little to avoid:
 
@@ -43,7 +44,7 @@ def plan(model: onnx.ModelProto) -> Plan:
     - convolutions of what was rearranged, such as unshuffled into channels: NNCF quantizes before the Reshape, and
       there OpenVINO 2026.4 is off by 20 % unless its low-precision transformations are switched off;
     - the last layers, which write the picture;
-    - the map, and what looks at nothing else (``map_products``).
+    - the map (``map_products``).
 
     Raises:
         ArtifactError: a rule that matches nothing, nothing left to quantize, or a layer that no input reaches: the
@@ -67,7 +68,8 @@ def plan(model: onnx.ModelProto) -> Plan:
         for other in before[output.name]
     }
     stem, attention = _stem(model, layers, mapped), set(products) - layers - mapped
-    kept = attention | mapped | first | joined | (last & layers) | stem | _rearranged(model)
+    fixed = fixed_products(model, before) if corrections else mapped
+    kept = attention | fixed | first | joined | (last & layers) | stem | _rearranged(model)
     for rule, found in {"attention": attention, "first layers": first, "first linear layer": stem}.items():
         _require(found, rule, model)
     if any(output.type.tensor_type.elem_type == IMAGE for output in model.graph.output):
@@ -135,6 +137,18 @@ def map_products(model: onnx.ModelProto) -> frozenset[str]:
         if before[name] and before[name] <= found:
             found.add(name)
     return frozenset(found & set(products))
+
+
+def fixed_products(model: onnx.ModelProto, before: Mapping[str, set[str]]) -> frozenset[str]:
+    """Those of ``map_products`` that compute with places, or read the same as one that does, or that an input of the
+    graph reaches; in a "prepare" graph, which runs once per person, all."""
+    mapped, exact = map_products(model), place_nodes(model)
+    if not exact:
+        return mapped
+    inputs = {tensor.name for tensor in model.graph.input}
+    read = {node.input[0] for node in model.graph.node if node.name in exact and node.op_type in PRODUCTS}
+    beside = {node.name for node in model.graph.node if read.intersection(node.input)}
+    return frozenset(name for name in mapped if name in exact | beside or before[name] & inputs)
 
 
 def _first(model: onnx.ModelProto, layers: set[str], before: dict[str, set[str]]) -> set[str]:

@@ -54,7 +54,7 @@ def _prefixes(name: str) -> list[str]:
 
 def default_units(model: onnx.ModelProto) -> tuple[str, ...]:
     """Names of the units whose layers ``layers.plan`` quantizes, whatever the device."""
-    planned = set(layers.plan(model).quantized)
+    planned = set(layers.plan(model, corrections=True).quantized)
     return tuple(unit.name for unit in units(model) if planned.issuperset(unit.products))
 
 

@@ -15,7 +15,7 @@ from math import prod
 
 import onnx
 
-from quantize.layers import PRODUCTS, constants, map_products, neighbours
+from quantize.layers import PRODUCTS, constants, fixed_products, map_products, neighbours
 from rpfm_edge.errors import ArtifactError, ConfigError
 
 
@@ -23,7 +23,7 @@ from rpfm_edge.errors import ArtifactError, ConfigError
 class Unit:
     """``name``: such as ``encoder.conv1``, ``block0.qkv`` or ``block0.qk``; ``products``: the names of its nodes.
 
-    ``attention``: it has no weights. ``quantizable``: it is no part of the map, which stays in FP32.
+    ``attention``: it has no weights. ``quantizable``: it does not compute with places, which stay in FP32.
     """
 
     name: str
@@ -45,6 +45,7 @@ def units(model: onnx.ModelProto) -> tuple[Unit, ...]:
         ArtifactError: no attention, so that the graph is none of a student's.
     """
     weights, before, mapped = constants(model), neighbours(model), map_products(model)
+    fixed = fixed_products(model, before)
     nodes = {node.name: node for node in model.graph.node if node.op_type in PRODUCTS}
     weight = {
         name: next((tensor for tensor in node.input[:2] if tensor in weights), "") for name, node in nodes.items()
@@ -57,7 +58,7 @@ def units(model: onnx.ModelProto) -> tuple[Unit, ...]:
         raise ArtifactError("the graph has no attention", expected="a student's graph", fix="export it again")
     names = _names(groups, nodes, mapped)
     made = [
-        Unit(names[key], tuple(members), len(key) > 1, mapped.isdisjoint(members)) for key, members in groups.items()
+        Unit(names[key], tuple(members), len(key) > 1, fixed.isdisjoint(members)) for key, members in groups.items()
     ]
     return _joined(made, nodes)
 

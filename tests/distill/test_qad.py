@@ -76,7 +76,7 @@ def test_a_student_that_aligns_gets_used_to_rounding_but_for_its_map(
 ) -> None:
     planned = {name for graph in ("prepare", "frame") for name in modules(aligned_graph, graph)[0]}
     student = load_student(aligned_student.path)[0]
-    assert set(int8_layers(student)) == planned
+    assert set(int8_layers(student)) == {name for name in planned if "alignment" not in name and name != "attention"}
     before = deepcopy(student.state_dict())
     config = QadConfig(TINY_STEPS, "int8", replace(QUICK, steps=2, warmup_steps=1), samples=2)
     trained, _ = train_rounded(student, people, TINY_SIZE, config, tmp_path / "checkpoint")

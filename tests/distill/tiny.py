@@ -62,7 +62,8 @@ def toy_aligned_student() -> Student:
     randomised(network)
     network.conditioner.see_as(autoencoder)
     with torch.no_grad():
-        network.alignment.aligner.head[1].weight.mul_(0.1)
+        network.alignment.aligner.head.weight.mul_(0.1)
+        network.alignment.aligner.estimate.weight.mul_(0.1)
     return Student(network, randomised(autoencoder, 1)).eval()
 
 

@@ -19,7 +19,7 @@ def modules(graph: Artifact, name: str) -> tuple[Counter[str], Counter[str]]:
     """How often each module of the student is quantized and kept; products without weights count as "attention"."""
     model = onnx.load(graph.file(f"{name}.onnx"))
     biases = {tensor.name for tensor in model.graph.initializer if tensor.name.endswith(".bias")}
-    found = plan(model)
+    found = plan(model, corrections=True)
     module = {
         node.name: next(
             (t.removesuffix(".bias").removeprefix("student.") for t in node.input if t in biases), "attention"
