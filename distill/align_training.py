@@ -166,9 +166,8 @@ def held_out_error(
             batch = AlignmentBatch(*(part.to(device) for part in one))
             _, aligned = model.alignment(batch.pixels, batch.joints, batch.targets)
             shown = batch.seen > 0
-            found.append(
-                map_error(batch, aligned.grid)[shown].median() if shown.any() else 10 * map_losses(batch, aligned)["pixels"]
-            )
+            apart = map_error(batch, aligned.grid)[shown]
+            found.append(apart.median() if shown.any() else 10 * map_losses(batch, aligned)["pixels"])
         return float(torch.stack(found).mean())
 
     return evaluate

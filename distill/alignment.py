@@ -146,7 +146,8 @@ class Aligner(nn.Module):
         moved = moved + REACH * shift
         first = to_grid(moved, self.size)
         x = self.fourth(x + self.look(fetch(fine, first.detach())))
-        shift, seen, layers = (F.pixel_shuffle(part, 2) for part in by_parts(F.relu(x), self.head, (8, 4, 4 * len(LAYERS))))
+        parts = by_parts(F.relu(x), self.head, (8, 4, 4 * len(LAYERS)))
+        shift, seen, layers = (F.pixel_shuffle(part, 2) for part in parts)
         grid = to_grid(enlarged(moved) + REACH * shift, self.size)
         return Aligned(grid, seen, layers, context, first, points)
 

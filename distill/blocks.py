@@ -42,5 +42,5 @@ def unshuffled(x: Tensor, weight: Tensor, factor: int, bias: Tensor | None = Non
 
 def by_parts(x: Tensor, layer: nn.Conv2d, parts: tuple[int, ...]) -> list[Tensor]:
     """What a 1 × 1 convolution makes of ``x``, part by part: cutting the whole is slower than that."""
-    weights, biases = layer.weight.split(parts), layer.bias.split(parts)  # type: ignore[union-attr]
+    weights, biases = layer.weight.split(parts), layer.bias.split(parts)
     return [F.conv2d(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill.autoencoder import ALIGNED, LATENT_NOISE, AlignedAutoencoder, SmallAutoencoder, reconstruction_loss
+from distill.autoencoder import (
+    ALIGNED,
+    LATENT_NOISE,
+    AlignedAutoencoder,
+    SmallAutoencoder,
+    edges,
+    reconstruction_loss,
+)
 from distill.batches import EncodedSplit
 from distill.condition import Tensors
 from distill.teacher import RPFMTeacher, sample_teacher
@@ -47,7 +54,7 @@ def with_aligned_decoder(autoencoder: SmallAutoencoder) -> AlignedAutoencoder:
 
 
 class DecoderLoss(nn.Module):
-    """The autoencoder's own loss, with twice the weight on squares."""
+    """The autoencoder's own loss, with twice the weight on squares, and textures."""
 
     def __init__(self, autoencoder: AlignedAutoencoder) -> None:
         super().__init__()
@@ -55,7 +62,20 @@ class DecoderLoss(nn.Module):
 
     def forward(self, latent: Tensor, truth: Tensor, tensors: Tensors) -> Tensor:
         image = self.autoencoder.decode(latent, tensors).float()
-        return reconstruction_loss(image, truth) + F.mse_loss(image, truth)
+        return reconstruction_loss(image, truth) + F.mse_loss(image, truth) + texture_loss(image, truth)
+
+
+def texture_loss(output: Tensor, image: Tensor) -> Tensor:
+    """How far edges are too weak or too strong on average over windows of 8 and 16 pixels.
+
+    Where a pattern is a pixel off, errors of pixels are least for a blur; this one forgives the pixel, not the blur.
+    """
+    losses = [
+        F.l1_loss(F.avg_pool2d(a.abs(), window, window // 2), F.avg_pool2d(b.abs(), window, window // 2))
+        for window in (8, 16)
+        for a, b in zip(edges(output), edges(image), strict=True)
+    ]
+    return torch.stack(losses).mean()
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
 """The map of an ONNX graph: what makes the places from which a GridSample fetches the source, and the joints it starts
 from.
 
-Its places are coordinates: wrong by a percent they would be wrong by pixels, so what computes with them is FP32 whatever
-the precision of the rest. Between, convolutions look at features and say by how much a place is corrected; an error of
-a percent there is one of a tenth of a pixel.
+Its places are coordinates: wrong by a percent they would be wrong by pixels, so what computes with them is FP32
+whatever the precision of the rest. Between, convolutions look at features and say by how much a place is corrected; an
+error of a percent there is one of a tenth of a pixel.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from distill.aligned import AlignedRPFM, create_network, move
 from distill.alignment import Aligned, Aligner, Alignment, enlarge, expected_places, fetch, places, to_grid
 from distill.autoencoder import ALIGNED, AlignedAutoencoder, SmallAutoencoder, SmallAutoencoderConfig, create, describe
 from distill.condition import Source
-from distill.decoder_training import with_aligned_decoder
+from distill.decoder_training import texture_loss, with_aligned_decoder
 from distill.resident import Pictures, as_model
 from distill.rpfm import RPFMConfig
 from distill.surface import HIGH, LAYERS, LOW
@@ -273,7 +273,7 @@ def test_masks_are_shares(photos: Tensor, joints: Tensor) -> None:
 
 
 def test_the_flow_starts_around_the_latent_of_the_moved_photo(photos: Tensor, joints: Tensor) -> None:
-    """Of an untrained network: what the autoencoder's linear path makes of the moved photo, and a quarter of the noise."""
+    """Of an untrained network: what the autoencoder's linear path makes of the moved photo, and some of the noise."""
     network = create_network(NETWORK).eval()
     assert isinstance(network, AlignedRPFM)
     small = SmallAutoencoder(SmallAutoencoderConfig(widths=(8, 8, 16))).eval()
@@ -290,13 +290,24 @@ def test_a_slow_motion_moves_the_picture_slowly(photos: Tensor, joints: Tensor) 
     """Keypoints are not drawn on whole pixels: a hundredth of one is a hundredth of the change of one."""
     aligner = Aligner(SIZE).eval()
     fine, coarse = (torch.zeros(1, 32, SIZE[0] // scale, SIZE[1] // scale) for scale in (4, 8))
+    summary = torch.zeros(1, 128)
     with torch.no_grad():
         still, little, more = (
-            aligner(joints[:1] + shift, joints[1:], fine, coarse, torch.zeros(1, 128)).grid for shift in (0.0, 0.01, 0.1)
+            aligner(joints[:1] + shift, joints[1:], fine, coarse, summary).grid for shift in (0.0, 0.01, 0.1)
         )
     step = (little - still).abs().mean()
     assert step > 0
     assert float((more - still).abs().mean() / step) == pytest.approx(10, rel=0.1)
+
+
+def test_textures_forgive_a_shift_but_no_blur() -> None:
+    x = torch.arange(64.0)
+    stripes = torch.sin(x * math.pi / 4).expand(1, 3, 48, 64)
+    shifted, blurred = stripes.roll(2, dims=3), 0.2 * stripes
+    assert texture_loss(stripes, stripes) == 0
+    assert texture_loss(shifted, stripes) < 0.1 * texture_loss(blurred, stripes)
+    error = [(made - stripes).abs().mean() for made in (shifted, blurred)]
+    assert error[1] < error[0]  # the sum of errors would prefer the blur
 
 
 def test_surface_range_holds_the_body() -> None:
