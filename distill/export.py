@@ -27,6 +27,7 @@ from rpfm_edge import artifact
 from rpfm_edge.artifact import Artifact, Stage, tool_versions
 from rpfm_edge.errors import ParityError
 from rpfm_edge.flow import check_steps
+from rpfm_edge.pipeline import GIVEN_JOINTS
 from rpfm_edge.pose import MISSING, pose_input
 from rpfm_edge.signature import Signature, TensorSpec
 
@@ -34,8 +35,7 @@ OPSET = 20
 TOLERANCE = 1e-4  # max abs in FP32, on keys and values and on the image in [-1, 1] before it is rounded
 TOOLS = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")
 FACTORY = "distill.export:reference"
-KEYPOINTS = "keypoints"  # of the source, an input of ``prepare``
-RESERVED = {"source", KEYPOINTS, "pose", "noise", "image"}
+RESERVED = {"source", GIVEN_JOINTS, "pose", "noise", "image"}
 
 
 class Prepare(nn.Module):
@@ -106,7 +106,7 @@ def signatures(student: Student, size: tuple[int, int]) -> dict[str, Signature]:
     def specs(tensors: Tensors) -> tuple[TensorSpec, ...]:
         return tuple(TensorSpec(name, tuple(tensor.shape), "float32") for name, tensor in tensors.items())
 
-    prepared = (source, TensorSpec(KEYPOINTS, *points)) if by_points else (source,)
+    prepared = (source, TensorSpec(GIVEN_JOINTS, *points)) if by_points else (source,)
     return {
         "prepare": Signature(prepared, specs(source_tensors(student))),
         "frame": Signature((pose, noise, *specs(frame_tensors(student))), (image,)),
@@ -179,7 +179,7 @@ def example_feeds(
         height, width = picture[1:3]
         points = (rng.random((2, 18, 2)) * [width, height]).astype(np.float32)
         points[0, ::2] = np.nan
-        prepare[KEYPOINTS], pose = (pose_input(one, "keypoints") for one in points)
+        prepare[GIVEN_JOINTS], pose = (pose_input(one, "keypoints") for one in points)
     with torch.no_grad():
         made = Prepare(student)(*(torch.from_numpy(array) for array in prepare.values()))
     tensors = {spec.name: value.numpy() for spec, value in zip(boundary["prepare"].outputs, made, strict=True)}

@@ -19,7 +19,7 @@ from quantize.execute import Graph
 from rpfm_edge.artifact import Artifact, file_digest, write_bytes
 from rpfm_edge.data import Split
 from rpfm_edge.errors import ArtifactError, ConfigError, InputError
-from rpfm_edge.pipeline import KEYPOINTS, passed, prepare_feeds
+from rpfm_edge.pipeline import GIVEN_JOINTS, passed, prepare_feeds
 from rpfm_edge.pose import pose_input, pose_kind
 from rpfm_edge.precisions import LEAST_SAMPLES
 from rpfm_edge.progress import progress
@@ -57,7 +57,7 @@ class Samples:
         if graph == "prepare":
             for place, source in enumerate(self.source):
                 feeds = {"source": source[None]}
-                yield feeds if self.keypoints is None else {**feeds, KEYPOINTS: self.keypoints[place][None]}
+                yield feeds if self.keypoints is None else {**feeds, GIVEN_JOINTS: self.keypoints[place][None]}
         else:
             for pose, noise, source in zip(self.pose, self.noise, self.index, strict=True):
                 prepared = {name: tensor[source] for name, tensor in self.tensors.items()}
@@ -130,7 +130,7 @@ def load(path: Path) -> Samples:
             fix="record them again",
         ) from None
     given = {name: arrays.pop(name) for name in TENSORS}
-    keypoints = arrays.pop(KEYPOINTS, None)
+    keypoints = arrays.pop(GIVEN_JOINTS, None)
     return Samples(**given, tensors=arrays, facts=facts, sha256=file_digest(path), keypoints=keypoints)
 
 
@@ -174,7 +174,7 @@ def _prepared(graph: Artifact, sources: np.ndarray) -> dict[str, np.ndarray]:
         for done, source in enumerate(sources):
             feeds = prepare_feeds(boundary, source)
             boundary.check(feeds)
-            given = {name: array[0] for name, array in feeds.items() if name == KEYPOINTS}
+            given = {name: array[0] for name, array in feeds.items() if name == GIVEN_JOINTS}
             for name, array in (passed(graph.signatures["frame"], prepare.named(feeds)) | given).items():
                 found.setdefault(name, []).append(array)
             advance(done + 1, "")

@@ -66,7 +66,7 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
     samples = calibrate.record(graph, splits.training, work / "samples.safetensors", given.samples)
     graphs = {"float": graph.path, "NNCF defaults": naive(graph, samples, work / "naive")}
     graphs |= {name: Path(path) for name, _, path in (text.partition("=") for text in given.quantized)}
-    bundles = {name: bundle.build(path, [BACKEND], work / "bundles" / name) for name, path in graphs.items()}
+    bundles = {name: bundle.build(path, work / "bundles" / name, BACKEND) for name, path in graphs.items()}
     images = {name: bundle_images(made.path, BACKEND, pairs) for name, made in bundles.items()}
     times = frame_times(bundles, pairs, given.rounds)
     rows = [judge(name, made, images, pairs) | {"frame": times[name].to_json()} for name, made in bundles.items()]

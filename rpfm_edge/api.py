@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +17,7 @@ from rpfm_edge.bench import bench_backend
 from rpfm_edge.bench import stages as stages  # of this module, too
 from rpfm_edge.bench import sustained as sustained
 from rpfm_edge.bundle import add_evidence, read_evidence
-from rpfm_edge.bundle import build as _build
+from rpfm_edge.bundle import build as build
 from rpfm_edge.errors import ConfigError
 from rpfm_edge.flow import guidance_scale
 from rpfm_edge.image import save_png
@@ -30,7 +30,7 @@ from rpfm_edge.recipe import PRECISIONS, check_method, parse, read_toml
 from rpfm_edge.regression import FAILURES, GateConfig, run_against, run_gate, run_save
 from rpfm_edge.splits import open_splits, sample_inputs
 from rpfm_edge.stages import Stages
-from rpfm_edge.validate import validate as _validate
+from rpfm_edge.validate import judge_bundle
 
 
 def doctor(precision: str | None = None) -> dict[str, Any]:
@@ -222,16 +222,6 @@ def _quantize_graph(
     return apply.quantize(loaded, cast(Precision, precision), out, recorded, *(chosen or ()))
 
 
-def build(
-    graph: str | Path,
-    out: str | Path,
-    target: str | Sequence[str],
-    options: Mapping[str, Mapping[str, Any]] | None = None,
-) -> Artifact:
-    """Compile a graph for one or more backends into a bundle; ``options`` are per backend."""
-    return _build(graph, [target] if isinstance(target, str) else list(target), Path(out), options)
-
-
 def validate(
     bundle: str | Path,
     against: str | Path,
@@ -251,7 +241,7 @@ def validate(
     loaded = artifact.load(assets.resolve(bundle), "bundle")
     backends = _backends(loaded, backend)
     limits = Budget.load(Path(budget)) if budget else Budget()
-    evidence = _validate(loaded, against, open_splits(data).test, backends, pairs, limits, seed)
+    evidence = judge_bundle(loaded, against, open_splits(data).test, backends, pairs, limits, seed)
     if backend is None:
         add_evidence(loaded, "drift", evidence)
     return evidence

@@ -10,7 +10,7 @@ from rpfm_edge.bench import stages, sustained
 from rpfm_edge.tables import console, say, table
 
 
-def run(
+def show_bench(
     bundle: str | Path, backend: str | None, with_stages: bool, rounds: int, minutes: float, out: Path
 ) -> dict[str, Any]:
     """What was asked for, measured and printed; ``minutes`` 0: no sustained run."""

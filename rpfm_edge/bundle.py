@@ -16,9 +16,12 @@ from rpfm_edge.precisions import require_backends
 
 
 def build(
-    graph: str | Path, targets: Sequence[str], out: Path, options: Mapping[str, Mapping[str, Any]] | None = None
+    graph: str | Path,
+    out: str | Path,
+    target: str | Sequence[str],
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Artifact:
-    """Compile a graph artifact for every backend in ``targets`` and write the bundle ``out``.
+    """Compile a graph artifact for one or more backends and write the bundle ``out``.
 
     ``graph`` may also be a bundle: its engines are kept and the new ones are added. ``options`` are per backend. With
     ONNX Runtime here, the bundle gets a canary, by which an engine that is built elsewhere later can be judged.
@@ -29,6 +32,7 @@ def build(
             values out of range, or a target that does not compute in the graph's precision.
         BackendError: a target that is unknown, not installed or refuses the graph.
     """
+    targets, out = [target] if isinstance(target, str) else list(target), Path(out)
     if not targets:
         raise ConfigError("no target", expected=f"one of {sorted(runtimes.BACKENDS)}", fix="give --target")
     if idle := sorted(set(options or {}) - set(targets)):
@@ -37,10 +41,10 @@ def build(
         )
     source = artifact.load(assets.resolve(graph), "graph", "bundle")
     require_backends(str(source.config.get("precision", "fp32")), targets)
-    given = {target: dict((options or {}).get(target, {})) for target in targets}
-    loaded = {target: runtimes.load(target) for target in targets}
-    for target, runtime in loaded.items():  # of all, before the first is compiled
-        runtime.checked_options(given[target])
+    given = {name: dict((options or {}).get(name, {})) for name in targets}
+    loaded = {name: runtimes.load(name) for name in targets}
+    for backend, runtime in loaded.items():  # of all, before the first is compiled
+        runtime.checked_options(given[backend])
     backends = dict(source.config.get("backends", {}))
     tools: dict[str, str] = {}
     with artifact.replacing_folder(out, "bundle") as folder:
@@ -50,14 +54,14 @@ def build(
                 shutil.copy2(source.path / name, folder / name)
         if canary.FILE not in source.files and (tensors := canary.record(source)):
             artifact.write_bytes(folder / canary.FILE, canary.content(tensors))
-        for target, runtime in loaded.items():
-            shutil.rmtree(folder / "engines" / target, ignore_errors=True)
+        for backend, runtime in loaded.items():
+            shutil.rmtree(folder / "engines" / backend, ignore_errors=True)
             for name in source.signatures:
-                engine = folder / "engines" / target / name
+                engine = folder / "engines" / backend / name
                 engine.mkdir(parents=True)
-                runtime.build(source, name, engine, given[target])
-            backends[target] = given[target]
-            tools |= runtime.versions(given[target])
+                runtime.build(source, name, engine, given[backend])
+            backends[backend] = given[backend]
+            tools |= runtime.versions(given[backend])
         if source.path.resolve() == out.resolve():
             _keep_evidence(source, folder, targets)
         stage = Stage("build", {"backends": backends}, tool_versions() | tools, {source.kind: source.digest})

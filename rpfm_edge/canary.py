@@ -18,7 +18,7 @@ import runtimes
 from rpfm_edge.artifact import Artifact
 from rpfm_edge.errors import ArtifactError, BackendError, ParityError
 from rpfm_edge.metrics import psnr_db
-from rpfm_edge.pipeline import KEYPOINTS
+from rpfm_edge.pipeline import GIVEN_JOINTS
 from rpfm_edge.pose import pose_input, pose_kind, to_graph
 from rpfm_edge.runtime import Session
 from rpfm_edge.signature import TensorSpec
@@ -117,7 +117,7 @@ def check(graph: Artifact, name: str, session: Session, tensors: Tensors, engine
 
 
 def _input(graph: Artifact, spec: TensorSpec) -> np.ndarray:
-    if spec.dtype == "uint8" or spec.name in ("pose", KEYPOINTS):
+    if spec.dtype == "uint8" or spec.name in ("pose", GIVEN_JOINTS):
         return _sample(spec, spec.shape[1:3] if spec.dtype == "uint8" else graph.config["size"])
     if spec.name == "noise" and "noise.npy" in graph.files:
         return np.asarray(np.load(graph.file("noise.npy"), allow_pickle=False))
@@ -130,7 +130,7 @@ def _sample(spec: TensorSpec, shape: Sequence[int]) -> np.ndarray:
     source, target = (int(index) for index in sample.pairs[0])
     if spec.name == "source":
         return np.asarray(sample.image(source, size)[None])
-    if spec.name == KEYPOINTS:
+    if spec.name == GIVEN_JOINTS:
         return to_graph(sample.pose(source, size))[None]
     return pose_input(sample.pose(target, size), pose_kind(spec), size)
 

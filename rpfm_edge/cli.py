@@ -239,7 +239,7 @@ def bench(
             _finish(result)
         raise typer.Exit(result["exit_code"])
     if stages or sustained:
-        measured = bench_table.run(bundle, backend, stages, runs, sustained, out)
+        measured = bench_table.show_bench(bundle, backend, stages, runs, sustained, out)
         if json:
             _finish(measured)
         return

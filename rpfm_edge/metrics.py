@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from rpfm_edge.errors import ArtifactError, BackendError, ConfigError, InputError
+from rpfm_edge.image import check_image
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -103,14 +104,6 @@ def sqnr_db(reference: ArrayLike, value: ArrayLike) -> float:
     if not noise:
         return float("inf")
     return 10 * math.log10(signal / noise) if signal else float("-inf")
-
-
-def check_image(image: np.ndarray) -> None:
-    """Raise ``InputError`` unless ``image`` is uint8 (H, W, 3)."""
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise InputError(
-            f"an image is {image.dtype}{list(image.shape)}", expected="uint8 [H, W, 3]", fix="convert it to 8-bit RGB"
-        )
 
 
 def check_pair(a: np.ndarray, b: np.ndarray) -> None:

@@ -26,7 +26,7 @@ from rpfm_edge.runtime import Runtime, Session
 from rpfm_edge.signature import Signature
 
 Image = np.ndarray  # (H, W, 3) uint8 RGB
-KEYPOINTS = "keypoints"  # the second input of a ``prepare`` that looks at the source's joints, (1, 18, 2) float32
+GIVEN_JOINTS = "keypoints"  # the second input of a ``prepare`` that looks at the source's joints, (1, 18, 2) float32
 JOINTS, SCORES = "joints", "joint_scores"  # its outputs that tell where they are (1, 18, 2), and how surely (1, 18)
 FOUND_SCORE, LEAST_JOINTS = 0.3, 4  # a joint with such a score is found; a person has so many of them
 
@@ -47,9 +47,9 @@ class Person:
 def prepare_feeds(boundary: Signature, source: Image, keypoints: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """The inputs of ``prepare``: a picture of its size, and (18, 2) keypoints, nan where missing, if it takes any."""
     feeds = {"source": source[None]}
-    if any(spec.name == KEYPOINTS for spec in boundary.inputs):
+    if any(spec.name == GIVEN_JOINTS for spec in boundary.inputs):
         given = np.full((18, 2), MISSING, np.float32) if keypoints is None else to_graph(keypoints)
-        feeds[KEYPOINTS] = given[None]
+        feeds[GIVEN_JOINTS] = given[None]
     return feeds
 
 
@@ -158,7 +158,7 @@ class Pipeline:
         return Person(outputs | kept, self._digest)
 
     def _require_keypoints(self) -> None:
-        if all(spec.name != KEYPOINTS for spec in self._boundary.inputs):
+        if all(spec.name != GIVEN_JOINTS for spec in self._boundary.inputs):
             raise InputError(
                 "keypoints were given, but this bundle's prepare takes a photo alone",
                 expected="no keypoints",

@@ -176,7 +176,7 @@ class BenchTable:
     """At least ``runs`` frames and ``seconds`` for each backend and precision."""
 
     runs: int = 50
-    seconds: float = 3.0
+    seconds: float = field(default=3.0, metadata={"from_zero": True})
 
 
 @dataclass(frozen=True, slots=True)
@@ -476,14 +476,14 @@ def parse(kind: type[T], table: Mapping[str, Any], where: str) -> T:
     A field ``from_`` is the key ``from``, which Python keeps for itself.
     """
     hints = {name.rstrip("_"): hint for name, hint in get_type_hints(kind).items()}
-    known = {f.name.rstrip("_"): f.name for f in fields(kind)}  # type: ignore[arg-type]
+    known = {f.name.rstrip("_"): f for f in fields(kind)}  # type: ignore[arg-type]
     for key in table:
         if key not in known:
             names = list(known)
             raise ConfigError(f"{where}: unknown key {key!r}", expected=f"one of {names}", fix="check the spelling")
-    values = {known[key]: _value(hints[key], value, where, key) for key, value in table.items()}
+    values = {known[key].name: _value(hints[key], value, where, key) for key, value in table.items()}
     for key, value in table.items():
-        _check_range(key, value, where, from_zero=kind is BenchTable)  # whose seconds may be 0
+        _check_range(key, value, where, from_zero="from_zero" in known[key].metadata)
     try:
         return kind(**values)
     except TypeError:

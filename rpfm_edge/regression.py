@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rpfm_edge import artifact, baseline, gate, measure, rounds
+from rpfm_edge import artifact, baseline, measure, rounds
 from rpfm_edge.artifact import Artifact
 from rpfm_edge.baseline import Baseline
 from rpfm_edge.errors import ConfigError, RpfmError
-from rpfm_edge.gate import Judgement
+from rpfm_edge.gate import EXIT_CODES, Judgement, check_limit, judge_baseline, judge_pairs, worst
 from rpfm_edge.measure import Call, Latency
 from rpfm_edge.pipeline import Pipeline, engine_versions, require_engine
 from rpfm_edge.rounds import Chunk
@@ -39,7 +39,7 @@ class GateConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        gate.check_limit(self.max_slowdown)
+        check_limit(self.max_slowdown)
         if self.rounds < measure.STABLE_BLOCKS or not 0 <= self.seconds < self.limit_s:
             raise ConfigError(
                 f"{self.rounds} rounds and {self.seconds:g} s within {self.limit_s:g} s",
@@ -53,7 +53,7 @@ def compare(calls: Mapping[str, Call], config: GateConfig, found: list[Chunk]) -
 
     def judge(window: Sequence[Chunk], reasons: list[str]) -> Judgement:
         old, new = (rounds.joined(window, name) for name in (OLD, NEW))
-        return gate.judge_pairs(old, new, config.max_slowdown, reasons)
+        return judge_pairs(old, new, config.max_slowdown, reasons)
 
     return _until_told({name: calls[name] for name in (OLD, NEW)}, judge, config, found)
 
@@ -64,7 +64,7 @@ def hold_against(call: Call, times_s: Sequence[float], config: GateConfig, found
     def judge(window: Sequence[Chunk], reasons: list[str]) -> Judgement:
         newest = newest_half(window, config)
         reasons = reasons + rounds.disturbance(rounds.busy_share(newest))
-        return gate.judge_baseline(times_s, rounds.joined(newest, NEW), config.max_slowdown, reasons)
+        return judge_baseline(times_s, rounds.joined(newest, NEW), config.max_slowdown, reasons)
 
     return _until_told({NEW: call}, judge, config, found)
 
@@ -76,7 +76,7 @@ def settle(call: Call, config: GateConfig, found: list[Chunk]) -> Judgement:
         newest = newest_half(window, config)
         reasons = reasons + rounds.disturbance(rounds.busy_share(newest))
         times = rounds.joined(newest, NEW)
-        return gate.judge_baseline(times, times, config.max_slowdown, reasons)
+        return judge_baseline(times, times, config.max_slowdown, reasons)
 
     return _until_told({NEW: call}, judge, config, found)
 
@@ -242,8 +242,8 @@ def _each(
             record |= {"verdict": "error", "reasons": [str(error)]}
         record["machine"] = measure.where(_versions(bundle, backend))
         records.append(record)
-        verdict = gate.worst(one["verdict"] for one in records)
-        result |= {"verdict": verdict, "exit_code": gate.EXIT_CODES[verdict], "backends": records}
+        verdict = worst(one["verdict"] for one in records)
+        result |= {"verdict": verdict, "exit_code": EXIT_CODES[verdict], "backends": records}
         artifact.keep_text(out, json.dumps(result, indent=1))
     return result
 

@@ -20,8 +20,9 @@ from rpfm_edge.artifact import write_text
 from rpfm_edge.errors import ConfigError, InputError
 from rpfm_edge.flicker import over_truth
 from rpfm_edge.frontier_table import COLUMNS, caption, lines, points
+from rpfm_edge.image import check_image
 from rpfm_edge.measure import Latency
-from rpfm_edge.metrics import METRICS, Summary, check_image, check_pair, import_extra, statistics
+from rpfm_edge.metrics import METRICS, Summary, check_pair, import_extra, statistics
 from rpfm_edge.plan_table import COLUMNS as PLAN_COLUMNS
 from rpfm_edge.plan_table import plan_caption, plan_lines, psnr_db
 from rpfm_edge.plots import Layer, frontier_plot, histogram, loss_plot, plan_plot, sensitivity_plot, validation_plot

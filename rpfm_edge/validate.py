@@ -222,7 +222,7 @@ def missing_measures(pairs: Pairs, split: Split, filmed: ClipConfig) -> dict[str
     return {name: reason for name, reason in reasons.items() if reason}
 
 
-def validate(
+def judge_bundle(
     bundle: Artifact,
     teacher: str | Path,
     split: Split,

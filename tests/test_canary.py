@@ -16,7 +16,7 @@ from rpfm_edge.errors import ArtifactError, BackendError, ParityError
 
 @pytest.fixture(scope="module")
 def built(tiny_graph: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return bundle.build(tiny_graph.path, ["onnxruntime"], tmp_path_factory.mktemp("canary") / "bundle")
+    return bundle.build(tiny_graph.path, tmp_path_factory.mktemp("canary") / "bundle", ["onnxruntime"])
 
 
 def test_a_bundle_carries_one(built: Artifact, tiny_graph: Artifact) -> None:
@@ -33,7 +33,7 @@ def test_it_stays_when_engines_are_added(built: Artifact, tmp_path: Path, monkey
     """As on a device, where ONNX Runtime is not installed."""
     monkeypatch.setitem(runtimes.BACKENDS, "onnxruntime", ("runtimes.ort", "no_such_library", "onnxruntime"))
     pytest.importorskip("openvino")
-    again = bundle.build(built.path, ["openvino"], tmp_path / "again")
+    again = bundle.build(built.path, tmp_path / "again", ["openvino"])
     assert again.files[canary.FILE] == built.files[canary.FILE]
 
 

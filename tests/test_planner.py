@@ -85,7 +85,7 @@ def test_its_figures_are_those_of_its_bundle(
     pairs = validate.draw_pairs(open_splits("sample").validation, SMALL["pairs"], size, shape, 0)
     images = []
     for name, graph in (("float", tiny_graph.path), ("kept", out)):
-        made = bundle.build(graph, ["openvino"], tmp_path / name)
+        made = bundle.build(graph, tmp_path / name, ["openvino"])
         images.append(validate.bundle_images(made.path, "openvino", pairs))
     found = np.median([psnr_db(a, b) for a, b in zip(*images, strict=True)])
     assert found == pytest.approx(row["against_float"]["psnr_db"]["median"], abs=1e-6)

@@ -22,7 +22,7 @@ def test_backends_that_do_not_compute_in_it(
     monkeypatch.setattr(artifact, "load", lambda *arguments, **options: graph)
     words = f"{backend} does not compute in {precision}: expected the backend tensorrt; quantize to int8 or fp16"
     with pytest.raises(ConfigError, match=words):
-        bundle.build(graph.path, ["tensorrt", backend], tmp_path / "bundle")
+        bundle.build(graph.path, tmp_path / "bundle", ["tensorrt", backend])
     assert not list(tmp_path.iterdir())
 
 

@@ -200,7 +200,7 @@ def test_eight_bits_are_nearer_than_four(tiny_graph: Artifact, samples: Path) ->
 
 def test_engines_hold_the_integers(compressed: Artifact, tmp_path: Path) -> None:
     """OpenVINO's IR has as many weights in INT4 and INT8 as the ONNX graph."""
-    bundle = build(compressed.path, ["openvino", "onnxruntime"], tmp_path / "bundle")
+    bundle = build(compressed.path, tmp_path / "bundle", ["openvino", "onnxruntime"])
     model = openvino.Core().read_model(bundle.file("engines/openvino/frame/model.xml"))
     constants = [op for op in model.get_ops() if op.get_type_name() == "Constant" and len(op.get_output_shape(0)) > 1]
     kinds = Counter(constant.get_element_type().get_type_name() for constant in constants)

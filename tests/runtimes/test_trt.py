@@ -173,7 +173,7 @@ def test_the_canary_is_recorded_once_for_all_graphs(
     monkeypatch.setattr(trt, "open", open)
     monkeypatch.setattr(canary, "_record", lambda graph: recorded.append(graph) or record(graph))
     monkeypatch.setattr(canary, "check", lambda graph, name, *rest: compared.append(name))
-    bundle.build(tiny_graph.path, ["tensorrt"], tmp_path / "bundle")
+    bundle.build(tiny_graph.path, tmp_path / "bundle", ["tensorrt"])
     assert (len(recorded), compared) == (1, ["prepare", "frame"])
 
 
@@ -194,7 +194,7 @@ def elsewhere(graph: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(trt, "_deserialize", load)
     monkeypatch.setattr(trt, "device", lambda: replace(HERE, capability="8.9"))
     monkeypatch.setattr(trt, "build_plan", lambda *arguments: b"old plan")
-    made = bundle.build(graph.path, ["tensorrt"], tmp_path / "bundle")
+    made = bundle.build(graph.path, tmp_path / "bundle", ["tensorrt"])
     monkeypatch.setattr(trt, "device", lambda: HERE)
     monkeypatch.setattr(trt, "build_plan", lambda *arguments: log.append("built") or b"new plan")
     log.clear()

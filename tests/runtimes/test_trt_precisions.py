@@ -83,7 +83,7 @@ def test_the_whole_way_to_an_engine(
 
     monkeypatch.setattr(trt, "build_plan", build_plan)
     graph = apply.quantize(tiny_graph, precision, tmp_path / "quantized", samples)
-    made = bundle.build(graph.path, ["tensorrt"], tmp_path / "bundle", {"tensorrt": {"compute_capability": "12.0"}})
+    made = bundle.build(graph.path, tmp_path / "bundle", ["tensorrt"], {"tensorrt": {"compute_capability": "12.0"}})
     assert {"engines/tensorrt/prepare/model.plan", "engines/tensorrt/frame/model.plan", canary.FILE} <= set(made.files)
     for kind, name in (("fp8", "FP8"), ("nvfp4", "FP4E2M1")):
         wanted: Counter[str] = Counter()

@@ -130,7 +130,7 @@ def test_the_noise_of_a_pipeline_stays_on_the_gpu(
 ) -> None:
     """Once both slots hold the person and the noise, a frame uploads its pose and nothing else."""
     pytest.importorskip("onnxruntime")
-    made = bundle.build(tiny_graph.path, ["onnxruntime"], tmp_path / "bundle")
+    made = bundle.build(tiny_graph.path, tmp_path / "bundle", ["onnxruntime"])
     signature, fed = made.signatures["frame"], []
 
     def frame(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
