@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 import runtimes
-from rpfm_edge import api, artifact, assets, device_state, measure
-from rpfm_edge.baseline import FOLDER
-from rpfm_edge.data import has_split
-from rpfm_edge.errors import RpfmError
+from rpfm_edge import api
+from rpfm_edge.core import artifact, shipped
+from rpfm_edge.core.errors import RpfmError
+from rpfm_edge.judge.baseline import FOLDER
+from rpfm_edge.measure import device_state, machine
+from rpfm_edge.people.deepfashion import has_split
 
 PEOPLE = Path(__file__).parent.parent.parent / "shared" / "people"
 THREADS = 2  # of every engine, so that figures of machines with more cores stay comparable
@@ -56,7 +58,7 @@ def chosen(request: pytest.FixtureRequest) -> Chosen:
     data = option("--data") or (str(PEOPLE) if has_split(PEOPLE, "test") else "sample")
     try:
         for spec in (option("--teacher"), option("--student")):
-            artifact.load(assets.resolve(spec))
+            artifact.load(shipped.resolve(spec))
     except RpfmError as error:
         pytest.fail(str(error), pytrace=False)
     return Chosen(
@@ -87,11 +89,11 @@ def cases(bundle: str | None, student: str, steps: Sequence[int]) -> list[Case]:
     computes in. Torch runs the float student only, torch-tensorrt takes no quantized graph.
     """
     if bundle:
-        loaded = artifact.load(assets.resolve(bundle), "bundle")
+        loaded = artifact.load(shipped.resolve(bundle), "bundle")
         config = loaded.config
         facts = (config["precision"], config["steps"], tuple(config["size"]))
         return [Case(loaded.path, backend, *facts) for backend in config["backends"]]
-    size = tuple(artifact.load(assets.resolve(student), "student").config["size"])
+    size = tuple(artifact.load(shipped.resolve(student), "student").config["size"])
     precisions = {"torch": ("fp32",), "torch-tensorrt": ("fp32", "fp16")}
     pairs = [(b, p) for b in runtimes.BACKENDS for p in precisions.get(b, ("fp32", "fp16", "int8"))]
     return [Case(None, backend, precision, count, size) for count in steps for backend, precision in pairs]
@@ -180,7 +182,7 @@ def conclude(benchmark: Any, chosen: Chosen, capsys: pytest.CaptureFixture[str])
     def report(
         title: str, header: Sequence[str], rows: Sequence[Sequence[str]], verdicts: Mapping[str, bool], **raw: Any
     ) -> None:
-        where = measure.where(artifact.tool_versions(*LIBRARIES))
+        where = machine.where(artifact.tool_versions(*LIBRARIES))
         facts = {"machine": where, "state": device_state.around(before), "options": vars(chosen)}
         benchmark.extra_info |= {**facts, "verdicts": dict(verdicts), **raw}
         table = Table(*header, title=title, box=None, title_justify="left")

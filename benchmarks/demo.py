@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from rpfm_edge.measure import where
+from rpfm_edge.measure.machine import where
 
 ROOT = Path(__file__).parent.parent
 FIRST_S, SECOND_S = 480.0, 30.0  # targets

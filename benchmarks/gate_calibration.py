@@ -18,11 +18,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rpfm_edge import artifact, baseline, measure, regression
-from rpfm_edge.artifact import Artifact, write_text
-from rpfm_edge.measure import Call
-from rpfm_edge.regression import NEW, OLD, GateConfig
-from rpfm_edge.rounds import CHUNK_ROUNDS, Chunk, busy_share, joined
+from rpfm_edge.core import artifact, files
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.files import write_text
+from rpfm_edge.judge import baseline, gate
+from rpfm_edge.judge.gate import NEW, OLD, GateConfig
+from rpfm_edge.measure import machine
+from rpfm_edge.measure.clock import Call
+from rpfm_edge.measure.rounds import CHUNK_ROUNDS, Chunk, busy_share, joined
 
 SLOWDOWNS = (0.0, 0.05, 0.10, 0.20)
 VERDICTS = ("pass", "regression", "unstable")
@@ -49,12 +52,12 @@ def one_run(bundle: Path, backend: str, way: str, share: float, seed: int, limit
     loaded = artifact.load(bundle, "bundle")
     start = time.perf_counter()
     with ExitStack() as stack:
-        new = slowed(regression.frame(stack, loaded, backend), share)
+        new = slowed(gate.frame(stack, loaded, backend), share)
         if way == "a/b":
-            calls = {OLD: slowed(regression.frame(stack, loaded, backend), 0.0), NEW: new}
-            judgement = regression.compare(calls, config, found)
+            calls = {OLD: slowed(gate.frame(stack, loaded, backend), 0.0), NEW: new}
+            judgement = gate.compare(calls, config, found)
         else:
-            judgement = regression.hold_against(new, times, config, found)
+            judgement = gate.hold_against(new, times, config, found)
     facts = {"took_s": time.perf_counter() - start, "others": busy_share(found), "load": os.getloadavg()[0]}
     times_s = {name: joined(found, name) for name in found[0].times_s}
     return {
@@ -73,18 +76,18 @@ def settled_times(bundle: Path, backend: str, limit_s: float, out: Path) -> list
         found: list[Chunk] = []
         config = GateConfig(limit_s=limit_s)
         with ExitStack() as stack:
-            call = slowed(regression.frame(stack, artifact.load(bundle, "bundle"), backend), 0.0)
-            judgement = regression.settle(call, config, found)
+            call = slowed(gate.frame(stack, artifact.load(bundle, "bundle"), backend), 0.0)
+            judgement = gate.settle(call, config, found)
         if judgement.reasons:
             raise SystemExit(f"no baseline: {'; '.join(judgement.reasons)}")
-        write_text(out, json.dumps(joined(regression.settled_half(found, config), NEW)))
+        write_text(out, json.dumps(joined(gate.settled_half(found, config), NEW)))
     return list(json.loads(out.read_text(encoding="utf-8")))
 
 
 def folder_of(out: Path, bundle: Artifact, backend: str, limit_s: float) -> Path:
     """Where the runs of an experiment are kept: no two that are not to be counted together share it."""
     what = [bundle.digest, baseline.fingerprint(bundle, backend), limit_s, artifact.tool_versions()]
-    return out / f"{backend}-{artifact.json_digest(what)[:12]}"
+    return out / f"{backend}-{files.json_digest(what)[:12]}"
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -134,7 +137,7 @@ def main() -> None:
                 write_text(file, json.dumps(measured(way, share, number, given.limit, times)))
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))]
     print(table(records))
-    where = measure.where()
+    where = machine.where()
     print(f"\n{where['cpu']}, {where['usable_cores']} cores; limit {given.limit:g} s a run")
 
 

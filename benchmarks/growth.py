@@ -28,10 +28,12 @@ from distill.autoencoder import SmallAutoencoder, SmallAutoencoderConfig
 from distill.export import Frame, example_feeds, signatures, write_graph
 from distill.rpfm import RPFM, preset
 from distill.student import Student
-from rpfm_edge import artifact, device_state, measure
-from rpfm_edge.charts import Panel, curves_png
-from rpfm_edge.measure import Call, steady
-from rpfm_edge.signature import Signature
+from rpfm_edge.core import artifact, files
+from rpfm_edge.core.signature import Signature
+from rpfm_edge.measure import device_state
+from rpfm_edge.measure.clock import Call, steady
+from rpfm_edge.measure.machine import where
+from rpfm_edge.report.plots import Panel, curves_png
 from runtimes import ov
 
 
@@ -188,23 +190,23 @@ def main() -> None:
     given, console = parser.parse_args(), Console(highlight=False)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     work, found = given.out / given.preset, {}
-    machine = measure.where(artifact.tool_versions("openvino", "torch"))
-    device = artifact.json_digest(same_machine(machine))[:12]
+    machine = where(artifact.tool_versions("openvino", "torch"))
+    device = files.json_digest(same_machine(machine))[:12]
     for axis, cases in axes(Case(threads=given.threads), cores).items():
         kept = work / f"{axis}-{given.threads}-{given.rounds}-{device}.json"
         with suppress(OSError, ValueError):
             found[axis] = json.loads(kept.read_text(encoding="utf-8"))
         if axis not in found:
             found[axis] = measure_axis(given.preset, axis, cases, given.rounds, work)
-            artifact.write_text(kept, json.dumps(found[axis], indent=1))
+            files.write_text(kept, json.dumps(found[axis], indent=1))
         for point in found[axis]["points"]:
             rate = point["flops"] / point["call"]["p50_s"] / 1e9
             console.print(f"{axis:8} {point['x']:7d}  {1e3 * point['frame_s']:8.2f} ms a frame  {rate:6.1f} GFLOP/s")
         if found[axis]["exponent"] is not None:  # of one point, such as the threads of one core, there is none
             console.print(f"{axis:8} time of a frame ~ {axis}^{found[axis]['exponent']:.2f}")
     result = {"machine": machine, "precision": "fp32", "backend": "openvino", "weights": "random", "axes": found}
-    artifact.write_text(given.out / "growth.json", json.dumps(result, indent=1))
-    artifact.write_bytes(given.out / "growth.png", picture(found))
+    files.write_text(given.out / "growth.json", json.dumps(result, indent=1))
+    files.write_bytes(given.out / "growth.png", picture(found))
 
 
 if __name__ == "__main__":

@@ -25,13 +25,15 @@ from rich.console import Console
 from rich.table import Table
 from websockets.asyncio.client import ClientConnection, connect
 
-from rpfm_edge import Pipeline, assets
-from rpfm_edge.artifact import write_text
-from rpfm_edge.data import open_split, sample_root
-from rpfm_edge.image import decode_image
+from rpfm_edge import Pipeline
+from rpfm_edge.core import shipped
+from rpfm_edge.core.files import write_text
 from rpfm_edge.live import messages
-from rpfm_edge.measure import where
-from rpfm_edge.metrics import psnr_db
+from rpfm_edge.measure.machine import where
+from rpfm_edge.measure.metrics import psnr_db
+from rpfm_edge.people.data import sample_root
+from rpfm_edge.people.deepfashion import open_split
+from rpfm_edge.people.image import decode_image
 
 MIN_SHARE, MAX_OVERHEAD_MS, MAX_GROWTH, MAX_MEMORY_GROWTH = 0.95, 6.0, 1.1, 1.05
 CONNECTS, SWAPS, ROUNDS = 100, 20, 6
@@ -229,7 +231,7 @@ def wrong_pictures(heard: Heard, pipeline: Pipeline, poses: np.ndarray, pictures
 
 def measure(bundle: str, backend: str | None, seconds: float, report: Path) -> dict[str, Any]:
     """All of it; ``lines`` judges it."""
-    faces = sorted((Path(assets.__file__).parent / "people" / "test_highres").glob("*_0.jpg"))[:2]
+    faces = sorted((Path(shipped.__file__).parent / "people" / "test_highres").glob("*_0.jpg"))[:2]
     pictures = [path.read_bytes() for path in faces]
     with Pipeline.open(bundle, backend) as pipeline, service(bundle, backend, faces[0], report) as (port, process):
         poses = moving(pipeline.size)

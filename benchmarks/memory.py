@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from rpfm_edge.measure import peak_memory_bytes
-from rpfm_edge.pipeline import Pipeline
-from rpfm_edge.splits import open_splits
+from rpfm_edge.bundle.pipeline import Pipeline
+from rpfm_edge.measure.machine import peak_memory_bytes
+from rpfm_edge.people.splits import open_splits
 
 
 def main(bundle: str, backend: str, data: str) -> None:

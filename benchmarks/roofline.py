@@ -18,8 +18,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 import runtimes
-from rpfm_edge import artifact, measure
-from rpfm_edge.signature import Signature, TensorSpec
+from rpfm_edge.core import artifact
+from rpfm_edge.core.signature import Signature, TensorSpec
+from rpfm_edge.measure import clock
 
 WIDTH, LAYERS = 1024, 4
 SCALE = np.float32(1 / 127)
@@ -94,7 +95,7 @@ def peak_flops(backend: str, precision: str, options: Mapping[str, Any], runs: i
         engine.mkdir()
         runtime.build(artifact.load(Path(folder) / "graph", "graph"), "frame", engine, options)
         with runtime.open(engine, signature, options) as session:
-            times = measure.measure(lambda: session.run({"x": x}), warmup=3, min_runs=runs, min_seconds=0)
+            times = clock.measure(lambda: session.run({"x": x}), warmup=3, min_runs=runs, min_seconds=0)
     return graph_flops(model) / min(times.values_s)
 
 
@@ -105,7 +106,7 @@ def _torch_peak(x: np.ndarray, options: Mapping[str, Any], runs: int) -> float:
     torch.set_num_threads(int(options.get("threads", 0)) or before)
     try:
         a = torch.from_numpy(x)
-        times = measure.measure(lambda: a @ a, warmup=3, min_runs=LAYERS * runs, min_seconds=0)
+        times = clock.measure(lambda: a @ a, warmup=3, min_runs=LAYERS * runs, min_seconds=0)
     finally:
         torch.set_num_threads(before)
     return 2 * WIDTH**3 / min(times.values_s)

@@ -15,11 +15,12 @@ import openvino
 import pytest
 
 from benchmarks.roofline import graph_flops, peak_flops
-from rpfm_edge import artifact, device_state, measure
-from rpfm_edge.errors import BackendError
-from rpfm_edge.measure import Latency, steady
-from rpfm_edge.pipeline import Person, Pipeline
-from rpfm_edge.splits import open_splits
+from rpfm_edge.bundle.pipeline import Person, Pipeline
+from rpfm_edge.core import artifact
+from rpfm_edge.core.errors import BackendError
+from rpfm_edge.measure import device_state, machine
+from rpfm_edge.measure.clock import Latency, steady
+from rpfm_edge.people.splits import open_splits
 from runtimes import ov
 
 SPEEDUP, OVERHEAD = 3.0, 0.05  # at least, at most
@@ -63,7 +64,7 @@ def test_frame(benchmark: Any, case: Any, chosen: Any, request: pytest.FixtureRe
         "peak_memory_bytes": peak_memory_bytes(bundle, case.backend, chosen.data),
         **roofline(bundle, case.backend, case.precision, times.p50_s),
         "state": state,
-        "machine": measure.where(artifact.tool_versions("torch", "openvino", "onnxruntime", "numpy")),
+        "machine": machine.where(artifact.tool_versions("torch", "openvino", "onnxruntime", "numpy")),
     }
 
 

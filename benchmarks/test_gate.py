@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from rpfm_edge import api, gate_table
-from rpfm_edge.errors import BackendError
-from rpfm_edge.gate import parse_share
+from rpfm_edge import api
+from rpfm_edge.core.errors import BackendError
+from rpfm_edge.measure.verdict import parse_share
+from rpfm_edge.report import gate as gate_table
 
 
 def test_gate(benchmark: Any, case: Any, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,10 +13,10 @@ import torch
 
 from distill.reference import REFERENCE_SOLVER, REFERENCE_STEPS, student_images, teacher_images
 from distill.student import load_student
-from rpfm_edge.image import from_model, to_model
-from rpfm_edge.metrics import METRICS, Summary, compare, missing_metrics, paired_bootstrap
-from rpfm_edge.splits import open_splits
-from rpfm_edge.validate import draw_pairs
+from rpfm_edge.measure.metrics import METRICS, Summary, compare, missing_metrics, paired_bootstrap
+from rpfm_edge.people.held_out import draw_pairs
+from rpfm_edge.people.image import from_model, to_model
+from rpfm_edge.people.splits import open_splits
 
 STEPS, SEED = (1, 2, 4, 8), 0
 NEARER_AT, GAIN_DB = (1, 4), 3.0  # steps at which the student must be nearer; by how much at one step

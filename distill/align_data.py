@@ -13,8 +13,8 @@ from torch import Tensor
 from distill.limbs import HEIGHT
 from distill.resident import as_model
 from distill.surface import Surface, correspond, has_surfaces, mirrored, read_surface, search_trees
-from rpfm_edge.data import Split
-from rpfm_edge.pose import flip
+from rpfm_edge.people.data import Split
+from rpfm_edge.people.pose import flip
 
 MOVED = 0.2  # of the photos are framed otherwise than the data set's, so that half a person is met, too
 LAYER_ALONE = 0.1  # weight of a place that the source hides, while it shows the same layer nearby

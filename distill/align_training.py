@@ -15,7 +15,7 @@ from distill.align_data import AlignmentBatch, draw_alignment, draw_nobody
 from distill.alignment import Aligned, Alignment, Seen, enlarge, fetch
 from distill.limbs import HEIGHT
 from distill.train import History, TrainConfig, fit
-from rpfm_edge.data import Split, draw_batch
+from rpfm_edge.people.data import Split, draw_batch
 
 FARTHEST = 40.0  # frame units: a place that is wrong by more teaches no more
 PER_UNIT = 1 / 8  # of loss, for a frame unit of error

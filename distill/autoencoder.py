@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from distill.blocks import ResidualBlock, by_parts, unshuffled, up
 from distill.resident import as_model
 from distill.train import History, TrainConfig, fit
-from rpfm_edge.errors import ConfigError
+from rpfm_edge.core.errors import ConfigError
 
 FEATURES, MASKS = 32, 9  # channels of the aligned source's features and masks
 ALIGNED = ("moved_photo", "moved_features", "masks")  # at the pictures' size, at a quarter and at half of it

@@ -14,11 +14,12 @@ from distill.autoencoder import Autoencoder, describe
 from distill.condition import Source, with_missing
 from distill.resident import Pictures, as_model, fits, make_pictures, open_pictures
 from distill.weights import readable, weights_digest
-from rpfm_edge.artifact import json_digest, write_bytes
-from rpfm_edge.data import Split
-from rpfm_edge.image import to_model
-from rpfm_edge.pose import PoseKind, draw_skeleton, flip
-from rpfm_edge.progress import progress
+from rpfm_edge.core.files import json_digest, write_bytes
+from rpfm_edge.core.progress import progress
+from rpfm_edge.core.signature import PoseKind
+from rpfm_edge.people.data import Split
+from rpfm_edge.people.image import to_model
+from rpfm_edge.people.pose import draw_skeleton, flip
 
 
 @dataclass(frozen=True, slots=True)

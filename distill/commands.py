@@ -17,36 +17,17 @@ from distill.batches import encode_split
 from distill.qad import QadConfig, train_rounded
 from distill.rpfm import RPFMConfig, preset
 from distill.store import StoreConfig, build_store, load_store
-from distill.student import (
-    METHODS,
-    DistillConfig,
-    create_student,
-    load_student,
-    save_student,
-    train_student,
-)
-from distill.teach import (
-    DTYPES,
-    check_choice,
-    check_people,
-    stage_of,
-    thin,
-    work_folder,
-)
-from distill.teacher import (
-    RPFMTeacher,
-    Teacher,
-    load_teacher,
-    move,
-)
+from distill.student import METHODS, DistillConfig, create_student, load_student, save_student, train_student
+from distill.teach import DTYPES, check_choice, check_people, stage_of, thin, work_folder
+from distill.teacher import RPFMTeacher, Teacher, load_teacher, move
 from distill.train import TrainConfig, check_settings, join_processes
-from rpfm_edge import artifact
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.data import Split
-from rpfm_edge.errors import ConfigError
-from rpfm_edge.flow import check_steps
-from rpfm_edge.recipe import Distillation, QadTable
-from rpfm_edge.stages import identity
+from rpfm_edge.core import artifact
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import ConfigError
+from rpfm_edge.core.flow import check_steps
+from rpfm_edge.core.stages import identity
+from rpfm_edge.core.training import Distillation, QadTable
+from rpfm_edge.people.data import Split
 
 LEARNING_RATES = {"int8": 1e-5, "int4-weights": 2e-5}
 

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from rpfm_edge.pose import MISSING, PoseKind
+from rpfm_edge.core.signature import PoseKind
+from rpfm_edge.people.pose import MISSING
 
 Tensors = dict[str, Tensor]
 

@@ -14,19 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill.autoencoder import (
-    ALIGNED,
-    LATENT_NOISE,
-    AlignedAutoencoder,
-    SmallAutoencoder,
-    edges,
-    reconstruction_loss,
-)
+from distill.autoencoder import ALIGNED, LATENT_NOISE, AlignedAutoencoder, SmallAutoencoder, edges, reconstruction_loss
 from distill.batches import EncodedSplit
 from distill.condition import Tensors
 from distill.teacher import RPFMTeacher, sample_teacher
 from distill.train import History, TrainConfig, fit
-from rpfm_edge.data import draw_batch
+from rpfm_edge.people.data import draw_batch
 
 
 @dataclass(frozen=True, slots=True)

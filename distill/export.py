@@ -23,13 +23,12 @@ from torch import Tensor, nn
 
 from distill.condition import Source, Tensors, encode_pose, encoded
 from distill.student import Student, load_student
-from rpfm_edge import artifact
-from rpfm_edge.artifact import Artifact, Stage, tool_versions
-from rpfm_edge.errors import ParityError
-from rpfm_edge.flow import check_steps
-from rpfm_edge.pipeline import GIVEN_JOINTS
-from rpfm_edge.pose import MISSING, pose_input
-from rpfm_edge.signature import Signature, TensorSpec
+from rpfm_edge.core import artifact
+from rpfm_edge.core.artifact import Artifact, Stage, tool_versions
+from rpfm_edge.core.errors import ParityError
+from rpfm_edge.core.flow import check_steps
+from rpfm_edge.core.signature import GIVEN_JOINTS, Signature, TensorSpec
+from rpfm_edge.people.pose import MISSING, pose_input
 
 OPSET = 20
 TOLERANCE = 1e-4  # max abs in FP32, on keys and values and on the image in [-1, 1] before it is rounded

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rpfm_edge.pose import MISSING
+from rpfm_edge.people.pose import MISSING
 
 HEIGHT = 256.0  # of the frame that lengths are measured in
 PARTS = 10

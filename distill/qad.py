@@ -26,10 +26,11 @@ from distill.condition import encoded
 from distill.rpfm import Block
 from distill.student import Student
 from distill.train import History, TrainConfig, fit
-from rpfm_edge.data import Split, draw_batch
-from rpfm_edge.image import to_model
-from rpfm_edge.pose import MISSING, PoseKind, flip, pose_input
-from rpfm_edge.progress import progress
+from rpfm_edge.core.progress import progress
+from rpfm_edge.core.signature import PoseKind
+from rpfm_edge.people.data import Split, draw_batch
+from rpfm_edge.people.image import to_model
+from rpfm_edge.people.pose import MISSING, flip, pose_input
 
 Precision = Literal["int8", "int4-weights"]
 INPUT_LEVELS = 127

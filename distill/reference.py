@@ -14,10 +14,11 @@ from torch import Tensor
 from distill.condition import Source, encoded
 from distill.student import load_student
 from distill.teacher import Teacher, load_teacher, move, pose_kind, sample_teacher
-from rpfm_edge.flow import Solver
-from rpfm_edge.image import from_model, to_model
-from rpfm_edge.pose import PoseKind, pose_input
-from rpfm_edge.progress import progress
+from rpfm_edge.core.flow import Solver
+from rpfm_edge.core.progress import progress
+from rpfm_edge.core.signature import PoseKind
+from rpfm_edge.people.image import from_model, to_model
+from rpfm_edge.people.pose import pose_input
 
 REFERENCE_STEPS, REFERENCE_SOLVER = 8, "heun"  # what the trajectory store is solved with
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rpfm_edge.data import Split
-from rpfm_edge.progress import progress
+from rpfm_edge.core.progress import progress
+from rpfm_edge.people.data import Split
 
 SHARE = 0.25  # of the free memory that one such thing may take
 CHUNK = 256  # pictures that lie on the host at a time

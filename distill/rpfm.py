@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from distill.blocks import ResidualBlock
 from distill.condition import Source, Tensors
-from rpfm_edge.errors import ConfigError
-from rpfm_edge.pose import PoseKind
+from rpfm_edge.core.errors import ConfigError
+from rpfm_edge.core.signature import PoseKind
 
 
 @dataclass(frozen=True, slots=True)

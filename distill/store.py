@@ -25,11 +25,11 @@ from distill.batches import EncodedSplit
 from distill.resident import settle
 from distill.teacher import Teacher, first_state, pose_kind
 from distill.weights import readable
-from rpfm_edge.artifact import write_bytes, write_text
-from rpfm_edge.data import Split, draw_batch
-from rpfm_edge.errors import ConfigError, InputError
-from rpfm_edge.flow import Solver, solve, time_grid
-from rpfm_edge.progress import progress
+from rpfm_edge.core.errors import ConfigError, InputError
+from rpfm_edge.core.files import write_bytes, write_text
+from rpfm_edge.core.flow import Solver, solve, time_grid
+from rpfm_edge.core.progress import progress
+from rpfm_edge.people.data import Split, draw_batch
 
 
 @dataclass(frozen=True, slots=True)

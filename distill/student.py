@@ -22,10 +22,10 @@ from distill.store import Trajectories
 from distill.teacher import RPFMTeacher, Teacher, network_config
 from distill.train import History, TrainConfig, fit
 from distill.weights import load_weights, save_weights
-from rpfm_edge import artifact, assets
-from rpfm_edge.artifact import Artifact, Stage
-from rpfm_edge.errors import ConfigError
-from rpfm_edge.flow import MAP_STEPS, path
+from rpfm_edge.core import artifact, shipped
+from rpfm_edge.core.artifact import Artifact, Stage
+from rpfm_edge.core.errors import ConfigError
+from rpfm_edge.core.flow import MAP_STEPS, path
 
 Method = Literal["reflow", "flowmap", "endpoint"]
 METHODS = ("reflow", "flowmap", "endpoint")
@@ -218,7 +218,7 @@ def save_student(
 
 def load_student(path: str | Path) -> tuple[Student, Artifact]:
     """The student of an artifact's path or shipped name, with the artifact."""
-    loaded = artifact.load(assets.resolve(path), "student")
+    loaded = artifact.load(shipped.resolve(path), "student")
     network = create_network(network_config(loaded.config))
     load_weights(network, loaded.file("network.safetensors"))
     autoencoder = autoencoders.create(loaded.config["autoencoder"])

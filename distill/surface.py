@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from rpfm_edge.data import Split
-from rpfm_edge.errors import InputError
+from rpfm_edge.core.errors import InputError
+from rpfm_edge.people.data import Split
 
 LOW, HIGH = np.array((-1.0, -0.35, -0.05), np.float32), np.array((1.0, 0.35, 1.95), np.float32)
 LAYERS = ("background", "skin", "eyes", "top", "trousers", "skirt", "shoes", "hair")

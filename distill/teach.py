@@ -27,11 +27,12 @@ from distill.rpfm import RPFMConfig, preset
 from distill.teacher import TOOLS, FlowMatchingConfig, Guidance, RPFMTeacher, save_teacher, train_teacher
 from distill.train import History, TrainConfig, join_processes
 from distill.weights import load_weights, save_weights, weights_digest
-from rpfm_edge import artifact
-from rpfm_edge.artifact import Artifact, Stage, json_digest, tool_versions
-from rpfm_edge.data import Split
-from rpfm_edge.errors import ConfigError, InputError
-from rpfm_edge.recipe import TeacherTraining, check_size
+from rpfm_edge.core import artifact
+from rpfm_edge.core.artifact import Artifact, Stage, tool_versions
+from rpfm_edge.core.errors import ConfigError, InputError
+from rpfm_edge.core.files import json_digest
+from rpfm_edge.core.training import TeacherTraining, check_size
+from rpfm_edge.people.data import Split
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 ALIGNED_MULTIPLE = 16  # of the pictures' sides, for an alignment

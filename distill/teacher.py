@@ -22,12 +22,12 @@ from distill.condition import Source, Tensors, encode_pose, per_target
 from distill.rpfm import RPFM, RPFMConfig
 from distill.train import History, TrainConfig, fit
 from distill.weights import load_weights, save_weights
-from rpfm_edge import artifact, assets
-from rpfm_edge.artifact import Artifact, Stage
-from rpfm_edge.data import draw_batch
-from rpfm_edge.errors import ConfigError
-from rpfm_edge.flow import Solver, guidance_scale, interpolate, solve, target_velocity, time_grid
-from rpfm_edge.pose import PoseKind
+from rpfm_edge.core import artifact, shipped
+from rpfm_edge.core.artifact import Artifact, Stage
+from rpfm_edge.core.errors import ConfigError
+from rpfm_edge.core.flow import Solver, guidance_scale, interpolate, solve, target_velocity, time_grid
+from rpfm_edge.core.signature import PoseKind
+from rpfm_edge.people.data import draw_batch
 
 TOOLS = ("torch", "accelerate", "safetensors")
 VALIDATION_SEED = 0
@@ -274,7 +274,7 @@ def load_teacher(spec: str | Path) -> Teacher:
     """A teacher from an artifact's path, a shipped name (``teacher:xs``) or a factory (``package.module:factory``)."""
     if is_factory(spec):
         return call_factory(str(spec))
-    loaded = artifact.load(assets.resolve(spec), "teacher")
+    loaded = artifact.load(shipped.resolve(spec), "teacher")
     network = create_network(network_config(loaded.config))
     load_weights(network, loaded.file("network.safetensors"))
     autoencoder = autoencoders.create(loaded.config["autoencoder"])
@@ -294,7 +294,7 @@ def network_config(config: Any) -> RPFMConfig:
 def is_factory(spec: str | Path) -> bool:
     """Whether ``spec`` names a factory rather than a folder or a shipped artifact."""
     text = str(spec)
-    return text not in assets.shipped() and re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*", text) is not None
+    return text not in shipped.shipped() and re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*", text) is not None
 
 
 def call_factory(spec: str) -> Any:
@@ -305,7 +305,7 @@ def call_factory(spec: str) -> Any:
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"teacher {spec!r} cannot be imported ({error})",
-            expected=f"a shipped name out of {sorted(assets.shipped())}, a folder, or package.module:factory",
+            expected=f"a shipped name out of {sorted(shipped.shipped())}, a folder, or package.module:factory",
             fix="check the spelling and PYTHONPATH",
         ) from None
     teacher = factory()

@@ -25,9 +25,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from distill.weights import readable
-from rpfm_edge.artifact import write_bytes
-from rpfm_edge.errors import ConfigError
-from rpfm_edge.progress import progress
+from rpfm_edge.core.errors import ConfigError
+from rpfm_edge.core.files import write_bytes
+from rpfm_edge.core.progress import progress
 
 LossFunction = Callable[[nn.Module, int, np.random.Generator], Tensor]
 Evaluate = Callable[[nn.Module], float]

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from rpfm_edge.artifact import write_bytes
-from rpfm_edge.errors import ArtifactError
+from rpfm_edge.core.errors import ArtifactError
+from rpfm_edge.core.files import write_bytes
 
 
 def save_weights(module: nn.Module, path: Path, dtype: torch.dtype = torch.float32) -> None:

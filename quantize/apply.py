@@ -22,15 +22,14 @@ from quantize.nvfp4 import to_nvfp4
 from quantize.typed import FOLDER as TYPED
 from quantize.typed import to_typed
 from quantize.weight_only import to_weight_only
-from rpfm_edge import artifact
-from rpfm_edge.artifact import Artifact, Stage, tool_versions
-from rpfm_edge.errors import ArtifactError, ConfigError, ParityError
-from rpfm_edge.metrics import psnr_db
-from rpfm_edge.pipeline import passed, prepare_feeds
-from rpfm_edge.pose import pose_input, pose_kind
-from rpfm_edge.precisions import CALIBRATED, Precision
-from rpfm_edge.signature import Feeds
-from rpfm_edge.splits import open_splits
+from rpfm_edge.core import artifact
+from rpfm_edge.core.artifact import Artifact, Stage, tool_versions
+from rpfm_edge.core.errors import ArtifactError, ConfigError, ParityError
+from rpfm_edge.core.precisions import CALIBRATED, Precision
+from rpfm_edge.core.signature import Feeds
+from rpfm_edge.measure.metrics import psnr_db
+from rpfm_edge.people.pose import passed, pose_input, pose_kind, prepare_feeds
+from rpfm_edge.people.splits import open_splits
 
 GRAPHS = ("prepare", "frame")
 TOOLS = ("nncf", "onnx", "onnxruntime")

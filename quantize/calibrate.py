@@ -16,14 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from quantize.execute import Graph
-from rpfm_edge.artifact import Artifact, file_digest, write_bytes
-from rpfm_edge.data import Split
-from rpfm_edge.errors import ArtifactError, ConfigError, InputError
-from rpfm_edge.pipeline import GIVEN_JOINTS, passed, prepare_feeds
-from rpfm_edge.pose import pose_input, pose_kind
-from rpfm_edge.precisions import LEAST_SAMPLES
-from rpfm_edge.progress import progress
-from rpfm_edge.signature import Feeds
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import ArtifactError, ConfigError, InputError
+from rpfm_edge.core.files import file_digest, write_bytes
+from rpfm_edge.core.precisions import LEAST_SAMPLES
+from rpfm_edge.core.progress import progress
+from rpfm_edge.core.signature import GIVEN_JOINTS, Feeds
+from rpfm_edge.people.data import Split
+from rpfm_edge.people.pose import passed, pose_input, pose_kind, prepare_feeds
 
 TENSORS = ("source", "index", "pose", "noise")  # and by their own names those that prepare makes
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from rpfm_edge.signature import Feeds
+from rpfm_edge.core.signature import Feeds
 
 
 class Graph:

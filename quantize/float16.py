@@ -8,7 +8,7 @@ from graphlib import TopologicalSorter
 import onnx
 from onnx import TensorProto
 
-from rpfm_edge.source_map import exact_nodes
+from rpfm_edge.core.source_map import exact_nodes
 
 # LayerNormalization squares a residual stream that may outgrow FP16, and Softmax sums over all keys, which a GPU would
 # do in FP16 too. Round sees grey levels up to 255, where FP16 has steps of 1/8 and turns near-ties into ties.

@@ -19,7 +19,7 @@ from quantize.qdq import channel_axis, channel_scales
 from quantize.ranges import observe
 from quantize.rewire import Made, along, pair, rewire
 from quantize.typed import SMALLEST
-from rpfm_edge.signature import Feeds
+from rpfm_edge.core.signature import Feeds
 
 LARGEST = 448  # of E4M3; a QuantizeLinear saturates there
 PARTS = ("fp8", "fp8_scale", "fp8_zero", "fp8_dequantized")

@@ -22,9 +22,9 @@ from onnx import numpy_helper
 
 from quantize.layers import plan
 from quantize.ranges import watch
-from rpfm_edge.errors import ArtifactError, ConfigError, ParityError
-from rpfm_edge.progress import progress
-from rpfm_edge.signature import Feeds
+from rpfm_edge.core.errors import ArtifactError, ConfigError, ParityError
+from rpfm_edge.core.progress import progress
+from rpfm_edge.core.signature import Feeds
 
 Weights = Literal["half", "full"]
 Activations = Literal["signed", "unsigned"]

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import onnx
 
-from rpfm_edge.errors import ArtifactError
-from rpfm_edge.pipeline import JOINTS
-from rpfm_edge.source_map import map_nodes, place_nodes, reaching
+from rpfm_edge.core.errors import ArtifactError
+from rpfm_edge.core.signature import JOINTS
+from rpfm_edge.core.source_map import map_nodes, place_nodes, reaching
 
 PRODUCTS = ("Conv", "Gemm", "MatMul")
 IMAGE = onnx.TensorProto.UINT8

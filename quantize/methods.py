@@ -19,13 +19,14 @@ from quantize import calibrate
 from quantize.calibrate import Samples
 from quantize.execute import Graph
 from quantize.int8 import Control, Int8Config, Ranges, sign_activations, to_int8
-from rpfm_edge.artifact import Artifact, json_digest, tool_versions, write_text
-from rpfm_edge.data import identities_of
-from rpfm_edge.errors import InputError
-from rpfm_edge.metrics import psnr_db, ssim
-from rpfm_edge.precisions import LEAST_SAMPLES
-from rpfm_edge.progress import progress
-from rpfm_edge.signature import Feeds
+from rpfm_edge.core.artifact import Artifact, tool_versions
+from rpfm_edge.core.errors import InputError
+from rpfm_edge.core.files import json_digest, write_text
+from rpfm_edge.core.precisions import LEAST_SAMPLES
+from rpfm_edge.core.progress import progress
+from rpfm_edge.core.signature import Feeds
+from rpfm_edge.measure.metrics import psnr_db, ssim
+from rpfm_edge.people.data import identities_of
 
 ALPHAS = (0.15, 0.25, 0.5, 0.75, 0.95)
 LEAST_PSNR_DB = 48.0

@@ -18,9 +18,9 @@ from quantize.ranges import Estimator
 from quantize.typed import FOLDER as TYPED
 from quantize.typed import to_typed
 from quantize.units import Unit, chosen, units
-from rpfm_edge import artifact
-from rpfm_edge.artifact import Artifact, Stage, tool_versions
-from rpfm_edge.errors import ConfigError
+from rpfm_edge.core import artifact
+from rpfm_edge.core.artifact import Artifact, Stage, tool_versions
+from rpfm_edge.core.errors import ConfigError
 
 Ranges = Mapping[str, Mapping[str, float]]  # graph → activation → magnitude of the last level
 

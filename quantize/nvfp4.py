@@ -20,8 +20,8 @@ from quantize.fp8 import LARGEST as LARGEST_SCALE
 from quantize.fp8 import insert, kinds, largest_magnitudes, to_e4m3
 from quantize.layers import plan
 from quantize.rewire import Made, rewire
-from rpfm_edge.errors import ArtifactError
-from rpfm_edge.signature import Feeds
+from rpfm_edge.core.errors import ArtifactError
+from rpfm_edge.core.signature import Feeds
 
 BLOCK = 16
 LARGEST = 6  # of E2M1

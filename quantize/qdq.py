@@ -16,7 +16,7 @@ from onnx import numpy_helper
 
 from quantize.layers import PRODUCTS
 from quantize.rewire import Made, along, pair, rewire
-from rpfm_edge.errors import ConfigError
+from rpfm_edge.core.errors import ConfigError
 
 LEVELS = {"half": (63.5, 64), "full": (127.0, 127)}  # of weights (see Int8Config): steps to the largest, last integer
 NEVER_NEGATIVE = ("Relu", "Softmax")

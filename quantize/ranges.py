@@ -12,9 +12,9 @@ import onnxruntime
 from onnx import helper
 
 from quantize.layers import PRODUCTS, constants
-from rpfm_edge.errors import ArtifactError, ConfigError
-from rpfm_edge.progress import progress
-from rpfm_edge.signature import Feeds
+from rpfm_edge.core.errors import ArtifactError, ConfigError
+from rpfm_edge.core.progress import progress
+from rpfm_edge.core.signature import Feeds
 
 Estimator = Literal["mean", "minmax", "percentile", "mse"]
 PERCENTILE = 0.9999

@@ -15,11 +15,11 @@ from quantize.execute import Graph
 from quantize.layers import heads
 from quantize.qdq import insert
 from quantize.units import Unit
-from rpfm_edge.artifact import write_text
-from rpfm_edge.errors import ArtifactError
-from rpfm_edge.metrics import sqnr_db
-from rpfm_edge.progress import progress
-from rpfm_edge.signature import Feeds
+from rpfm_edge.core.errors import ArtifactError
+from rpfm_edge.core.files import write_text
+from rpfm_edge.core.progress import progress
+from rpfm_edge.core.signature import Feeds
+from rpfm_edge.measure.metrics import sqnr_db
 
 ROUNDING = ("Cast", "Clip", "Round")  # what follows the picture in floats
 GREY = 255.0

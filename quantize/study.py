@@ -14,20 +14,21 @@ from quantize import calibrate
 from quantize.execute import Graph
 from quantize.layers import load
 from quantize.mixed import Assignment
-from quantize.plan import default_units
+from quantize.order import default_units
 from quantize.qdq import insert, never_negative
 from quantize.ranges import Estimator, observe
 from quantize.sensitivity import Effect, Probe, sensitivity
 from quantize.units import Unit, chosen, matching, units
-from rpfm_edge.artifact import Artifact, json_digest, write_text
-from rpfm_edge.data import Split
-from rpfm_edge.pipeline import passed, prepare_feeds
-from rpfm_edge.pose import pose_input, pose_kind
-from rpfm_edge.signature import Feeds
-from rpfm_edge.stages import Stages
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.files import json_digest, write_text
+from rpfm_edge.core.signature import Feeds
+from rpfm_edge.core.stages import Stages
+from rpfm_edge.people.data import Split
+from rpfm_edge.people.pose import passed, pose_input, pose_kind, prepare_feeds
 
 if TYPE_CHECKING:
-    from rpfm_edge.validate import Pairs
+    from rpfm_edge.people.held_out import Pairs
+
 
 PREPARE = "prepare"  # the whole of that graph stands among the units of the frame under this name
 

@@ -16,7 +16,7 @@ from math import prod
 import onnx
 
 from quantize.layers import PRODUCTS, constants, fixed_products, map_products, neighbours
-from rpfm_edge.errors import ArtifactError, ConfigError
+from rpfm_edge.core.errors import ArtifactError, ConfigError
 
 
 @dataclass(frozen=True, slots=True)

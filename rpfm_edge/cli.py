@@ -9,7 +9,7 @@ import json
 import shutil
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,14 +17,81 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from rpfm_edge import api, bench_table, gate_table, tables
-from rpfm_edge.artifact import finite
-from rpfm_edge.baseline import FOLDER
-from rpfm_edge.bench import rows
-from rpfm_edge.errors import ConfigError, RpfmError
+from rpfm_edge import api
+from rpfm_edge.core.errors import ConfigError, RpfmError
+from rpfm_edge.core.files import finite
+from rpfm_edge.judge.baseline import FOLDER
 from rpfm_edge.live.command import live
-from rpfm_edge.options import parse_options
-from rpfm_edge.planner import work_folder
+from rpfm_edge.measure.verdict import parse_share
+from rpfm_edge.report import gate as gate_table
+from rpfm_edge.report import tables
+from rpfm_edge.report.tables import rows
+from rpfm_edge.search.planner import work_folder
+
+
+def judge(
+    bundle: str,
+    save: str | None,
+    gate: str | None,
+    against: str | None,
+    max_slowdown: str,
+    backend: str | None,
+    baselines: Path,
+    **counts: Any,
+) -> dict[str, Any]:
+    """What the options of ``bench`` ask for; one of ``save``, ``gate`` and ``against`` has to be given."""
+    given = [f"--{name}" for name, value in (("save", save), ("gate", gate), ("against", against)) if value]
+    if len(given) != 1:
+        raise ConfigError(
+            f"{' and '.join(given)} at once", expected="one of them", fix="run the gate first, and save when it passed"
+        )
+    counts["max_slowdown"] = parse_share(max_slowdown)
+    if save:
+        return api.save_baseline(bundle, save, backend, baselines, **counts)
+    return api.gate(bundle, gate, against, backend, baselines, **counts)
+
+
+def show_bench(
+    bundle: str | Path, backend: str | None, with_stages: bool, rounds: int, minutes: float, out: Path
+) -> dict[str, Any]:
+    """What was asked for, measured and printed; ``minutes`` 0: no sustained run."""
+    found: dict[str, Any] = {}
+    if with_stages:
+        found["stages"] = api.stages(bundle, backend, rounds)
+        tables.print_stages(found["stages"])
+    if minutes:
+        found["sustained"] = api.sustained(bundle, minutes, out, backend)
+        tables.print_sustained(found["sustained"])
+        missing = found["sustained"].get("no_plot")
+        plot = f"; no plot: {missing}" if missing else f" and {out / 'sustained.png'}"
+        tables.say(f"wrote {out / 'sustained.json'}{plot}")
+    return found
+
+
+WORDS = {"true": True, "false": False}
+
+
+def parse_options(given: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Backend → name → value. ``true``, ``false`` and integers are taken for what they look like, all else is text;
+    the backend checks names and types.
+
+    Raises:
+        ConfigError: an entry of another form.
+    """
+    options: dict[str, dict[str, Any]] = {}
+    for entry in given:
+        place, equals, text = entry.partition("=")
+        backend, dot, name = place.partition(".")
+        if not (equals and dot and backend and name):
+            raise ConfigError(
+                f"option {entry!r}",
+                expected="BACKEND.NAME=VALUE, such as tensorrt.workspace_mib=1024",
+                fix="correct it",
+            )
+        number = int(text) if text.removeprefix("-").isdecimal() else text
+        options.setdefault(backend, {})[name] = WORDS.get(text, number)
+    return options
+
 
 app = typer.Typer(
     add_completion=False,
@@ -231,7 +298,7 @@ def bench(
     if judged and looked:
         raise ConfigError(f"{judged[0]} and {looked[0]} at once", expected="one of them", fix="run one after the other")
     if judged:
-        result = gate_table.judge(
+        result = judge(
             bundle, save, gate, against, max_slowdown, backend, baselines, rounds=runs, seconds=seconds, limit_s=limit
         )
         gate_table.render(result)
@@ -239,7 +306,7 @@ def bench(
             _finish(result)
         raise typer.Exit(result["exit_code"])
     if stages or sustained:
-        measured = bench_table.show_bench(bundle, backend, stages, runs, sustained, out)
+        measured = show_bench(bundle, backend, stages, runs, sustained, out)
         if json:
             _finish(measured)
         return

@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rpfm_edge import jetson, measure
-from rpfm_edge.errors import BackendError, ConfigError
-from rpfm_edge.precisions import Precision
+from rpfm_edge.core.errors import BackendError, ConfigError
+from rpfm_edge.core.precisions import Precision, supports
+from rpfm_edge.measure import jetson
+from rpfm_edge.measure.machine import where
 
 DISTRIBUTION = "rpfm-edge"
 SIBLINGS = ("distill", "quantize", "runtimes")  # generic names, which another distribution may have too
@@ -33,7 +34,7 @@ LIBRARIES = (
 TENSORRT = ("tensorrt", "tensorrt_rtx", "tensorrt_lean", "tensorrt_dispatch")  # any one serves the backend tensorrt
 
 
-def diagnose(precision: str | None = None) -> dict[str, Any]:
+def doctor(precision: str | None = None) -> dict[str, Any]:
     """A JSON-able description of the machine and the installation.
 
     ``precision`` is the one that an engine is to be built in, such as ``"fp8"``: on a Jetson, ``advice`` says if its
@@ -48,7 +49,7 @@ def diagnose(precision: str | None = None) -> dict[str, Any]:
     if precision is not None and precision not in get_args(Precision):
         fix = "check the spelling"
         raise ConfigError(f"unknown precision {precision!r}", expected=f"one of {get_args(Precision)}", fix=fix)
-    backends, here = _backends(), measure.where()
+    backends, here = _backends(), where()
     board, cpu_info = here.get("jetson"), jetson.read_text(Path("/proc/cpuinfo"))
     return {
         "rpfm_edge": _version(DISTRIBUTION),
@@ -73,7 +74,7 @@ def diagnose(precision: str | None = None) -> dict[str, Any]:
 
 
 def render(diagnosis: dict[str, Any]) -> None:
-    """Print what ``diagnose`` returned as a table."""
+    """Print what ``doctor`` returned as a table."""
     table = Table("what", "found", title="rpfm-edge doctor", title_justify="left")
     for what, found, good in _rows(diagnosis):
         table.add_row(Text(what), Text(found, style="" if good is None else "green" if good else "red"))
@@ -153,7 +154,7 @@ def _board_rows(board: Mapping[str, Any]) -> Iterator[tuple[str, str, bool | Non
         return
     names = {"JetPack": "jetpack", "L4T": "l4t", "TensorRT": "tensorrt", "compute capability": "compute_capability"}
     versions = [f"{word} {board[name]}" for word, name in names.items() if board[name]]
-    no_fp8 = ["no FP8"] if jetson.supports(board, "fp8") is False else []
+    no_fp8 = ["no FP8"] if supports(board, "fp8") is False else []
     yield "Jetson", ", ".join([board["module"] or board["board"] or "unknown module", *versions, *no_fp8]), None
     clocks = {True: "locked", False: "following the load", None: "unknown"}[board["clocks_locked"]]
     megahertz = [f"GPU {name} {value / 1e6:.0f} MHz" for name, value in (board["gpu_hz"] or {}).items()]
@@ -177,7 +178,7 @@ def _backends() -> dict[str, str | None]:
 
 def _no_gpu() -> str | None:
     try:
-        import_module("runtimes.trt_cuda").device()
+        import_module("runtimes.trt.cuda").device()
     except (BackendError, RuntimeError) as error:  # cuda-bindings may fail in its own words where there is no driver
         return str(error)
     return None

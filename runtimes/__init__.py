@@ -7,11 +7,12 @@ from importlib.metadata import packages_distributions
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, cast
 
-from rpfm_edge.errors import BackendError
-from rpfm_edge.runtime import Runtime
+from rpfm_edge.core.errors import BackendError
+from rpfm_edge.core.runtime import Runtime
 
 if TYPE_CHECKING:
-    from runtimes import ort, ov, torch_reference, torch_trt, trt
+    from runtimes import ort, ov, torch_reference, torch_trt
+    from runtimes.trt import backend as trt
 
     _RUNTIMES: tuple[Runtime, ...] = (ov, ort, trt, torch_trt, torch_reference)  # modules, which mypy holds to Runtime
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 BACKENDS = {
     "openvino": ("runtimes.ov", "openvino", "openvino"),
     "onnxruntime": ("runtimes.ort", "onnxruntime", "onnxruntime"),
-    "tensorrt": ("runtimes.trt", "tensorrt or tensorrt_rtx or tensorrt_lean or tensorrt_dispatch", "tensorrt"),
+    "tensorrt": ("runtimes.trt.backend", "tensorrt or tensorrt_rtx or tensorrt_lean or tensorrt_dispatch", "tensorrt"),
     "torch-tensorrt": ("runtimes.torch_trt", "torch_tensorrt", "torch-tensorrt"),
     "torch": ("runtimes.torch_reference", "torch", "distill"),
 }

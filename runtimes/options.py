@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rpfm_edge.errors import ConfigError
+from rpfm_edge.core.errors import ConfigError
 
 LARGEST = 2**31 - 1  # what every library takes for an integer
 THREADS = range(1025)  # 0: as many as the library likes; with far more the process dies

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.errors import ArtifactError, BackendError
-from rpfm_edge.metrics import import_extra
-from rpfm_edge.runtime import LayerTime, Session
-from rpfm_edge.signature import Feeds, Signature, TensorSpec
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import ArtifactError, BackendError
+from rpfm_edge.core.extras import import_extra
+from rpfm_edge.core.runtime import Known, LayerTime, Session
+from rpfm_edge.core.signature import Feeds, Signature, TensorSpec
+from rpfm_edge.measure import canary
 from runtimes import profiling
 from runtimes.options import THREADS, checked
 from runtimes.session import guarded, require_signature
@@ -30,7 +31,7 @@ SESSION = onnxruntime.InferenceSession  # looked up at import: a half uninstalle
 DTYPES = {"float": "float32"}  # where ONNX Runtime's name is not numpy's
 
 
-def build(graph: Artifact, name: str, engine: Path, options: Mapping[str, Any]) -> None:
+def build(graph: Artifact, name: str, engine: Path, options: Mapping[str, Any], known: Known | None = None) -> None:
     """Copy graph ``name`` to ``engine``, once ONNX Runtime has optimised it. Options: ``DEFAULTS``."""
     source = graph.file(f"{name}.onnx")
     option = checked_options(options)
@@ -47,6 +48,9 @@ def build(graph: Artifact, name: str, engine: Path, options: Mapping[str, Any]) 
     for file in graph.files:
         if file.startswith(f"{name}.onnx."):  # weights outside the graph, which names them by this file name
             shutil.copyfile(graph.path / file, engine / file)
+    if known:
+        with open(engine, graph.signatures[name], options) as session:
+            canary.check(graph, name, session, known, f"onnxruntime {onnxruntime.__version__}")
 
 
 @contextmanager

@@ -12,10 +12,11 @@ import numpy as np
 import openvino
 from openvino import opset13, passes
 
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.errors import ArtifactError, BackendError, ConfigError
-from rpfm_edge.runtime import LayerTime, Session
-from rpfm_edge.signature import Feeds, Signature, TensorSpec
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import ArtifactError, BackendError, ConfigError
+from rpfm_edge.core.runtime import Known, LayerTime, Session
+from rpfm_edge.core.signature import Feeds, Signature, TensorSpec
+from rpfm_edge.measure import canary
 from runtimes import profiling
 from runtimes.options import THREADS, checked
 from runtimes.session import guarded, require_signature
@@ -33,7 +34,7 @@ NARROW = ("i4", "i8", "u8", "f16")  # types of weights that are stored as they a
 CHOICES = {"threads": THREADS, "hint": ("LATENCY", "THROUGHPUT"), "precision_hint": ("f32", "bf16", "f16")}
 
 
-def build(graph: Artifact, name: str, engine: Path, options: Mapping[str, Any]) -> None:
+def build(graph: Artifact, name: str, engine: Path, options: Mapping[str, Any], known: Known | None = None) -> None:
     """Convert graph ``name`` to ``model.xml`` and ``model.bin`` in ``engine``, and check that it compiles.
 
     Weights keep the types that they have in the graph, but the float weights of a quantized graph are stored in FP16
@@ -63,6 +64,11 @@ def build(graph: Artifact, name: str, engine: Path, options: Mapping[str, Any]) 
         ) from error
     compiled = _compile(core, model, source, settings)
     require_signature(source, _signature(compiled, graph.signatures[name]), graph.signatures[name])
+    if known:
+        hint = options.get("precision_hint", DEFAULTS["precision_hint"])
+        with open(engine, graph.signatures[name], options) as session:
+            library = f"openvino {openvino.__version__}"
+            canary.check(graph, name, session, known, library, "bf16" if hint == "bf16" else None)
 
 
 @contextmanager

@@ -6,9 +6,9 @@ from collections.abc import Hashable, Iterable
 from statistics import median
 from typing import NoReturn
 
-from rpfm_edge.errors import BackendError, ConfigError
-from rpfm_edge.runtime import LayerTime
-from rpfm_edge.signature import Feeds, Signature
+from rpfm_edge.core.errors import BackendError, ConfigError
+from rpfm_edge.core.runtime import LayerTime
+from rpfm_edge.core.signature import Feeds, Signature
 
 WARM_UP = 5  # runs before the first that counts
 

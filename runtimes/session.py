@@ -9,8 +9,8 @@ from threading import Lock
 
 import numpy as np
 
-from rpfm_edge.errors import ArtifactError, BackendError, RpfmError
-from rpfm_edge.signature import Feeds, Signature, TensorSpec
+from rpfm_edge.core.errors import ArtifactError, BackendError, RpfmError
+from rpfm_edge.core.signature import Feeds, Signature, TensorSpec
 
 Call = Callable[[Feeds], dict[str, np.ndarray]]
 

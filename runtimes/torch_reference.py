@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from rpfm_edge import artifact
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.errors import ArtifactError, BackendError, SignatureError
-from rpfm_edge.runtime import LayerTime, Session
-from rpfm_edge.signature import Feeds, Signature
+from rpfm_edge.core import artifact
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import ArtifactError, BackendError, SignatureError
+from rpfm_edge.core.files import write_text
+from rpfm_edge.core.runtime import Known, LayerTime, Session
+from rpfm_edge.core.signature import Feeds, Signature
+from rpfm_edge.measure import canary
 from runtimes import profiling
 from runtimes.options import THREADS, checked
 from runtimes.session import guarded
@@ -33,7 +35,7 @@ TRUSTED = "distill"  # the package whose factories run; $RPFM_EDGE_FACTORIES add
 Graph = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 
-def build(graph: Artifact, name: str, engine: Path, options: Mapping[str, Any]) -> None:
+def build(graph: Artifact, name: str, engine: Path, options: Mapping[str, Any], known: Known | None = None) -> None:
     """Copy the student of ``graph`` into ``engine`` and check that its factory makes graph ``name``.
 
     Options: ``DEFAULTS``.
@@ -42,8 +44,11 @@ def build(graph: Artifact, name: str, engine: Path, options: Mapping[str, Any]) 
     graph.file(f"{name}.onnx")  # the same refusal of an unknown graph as everywhere
     require_student(graph, "torch")
     shutil.copytree(graph.path / STUDENT, engine / STUDENT)
-    artifact.write_text(engine / FACTORY, json.dumps({"factory": graph.config["factory"], "graph": name}))
+    write_text(engine / FACTORY, json.dumps({"factory": graph.config["factory"], "graph": name}))
     _graph(engine)
+    if known:
+        with open(engine, graph.signatures[name], options) as session:
+            canary.check(graph, name, session, known, f"torch {_torch().__version__}")
 
 
 @contextmanager

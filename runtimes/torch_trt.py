@@ -13,17 +13,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rpfm_edge import artifact, canary
-from rpfm_edge.artifact import Artifact, tool_versions
-from rpfm_edge.errors import BackendError
-from rpfm_edge.runtime import LayerTime, Session
-from rpfm_edge.signature import Feeds, Signature
-from runtimes import profiling, trt, trt_store
+from rpfm_edge.core import artifact
+from rpfm_edge.core.artifact import Artifact, tool_versions
+from rpfm_edge.core.errors import BackendError
+from rpfm_edge.core.files import file_digest
+from rpfm_edge.core.runtime import Known, LayerTime, Session
+from rpfm_edge.core.signature import Feeds, Signature
+from rpfm_edge.measure import canary
+from runtimes import profiling
 from runtimes.options import checked
 from runtimes.torch_reference import STUDENT, require_student, trusted
-from runtimes.trt_api import load as load_library
-from runtimes.trt_build import MIB, Settings
-from runtimes.trt_cuda import device
+from runtimes.trt import backend, store
+from runtimes.trt.api import load as load_library
+from runtimes.trt.build import MIB, Settings
+from runtimes.trt.cuda import device
 
 name = "torch-tensorrt"
 DEFAULTS = {
@@ -39,9 +42,9 @@ MODULES = "modules"  # a function beside the factory: folder of a student → to
 DISTRIBUTIONS = ("torch-tensorrt", "torch-tensorrt-rtx")
 
 
-def build(graph: Artifact, name: str, engine: Path, options: Mapping[str, Any]) -> None:
+def build(graph: Artifact, name: str, engine: Path, options: Mapping[str, Any], known: Known | None = None) -> None:
     """Compile graph ``name`` of the student of ``graph`` into ``engine``, or take the engine from the cache, and
-    compare it with the canary. Options: ``DEFAULTS``.
+    compare it with ``known``. Options: ``DEFAULTS``.
 
     Raises:
         ConfigError: options that are unknown or out of range.
@@ -50,14 +53,14 @@ def build(graph: Artifact, name: str, engine: Path, options: Mapping[str, Any]) 
     """
     option = checked_options(options)
     require(graph, name)
-    made, known = _record(graph, name, option), canary.of(graph)
+    made = _record(graph, name, option)
 
     def compare() -> None:
         if known is not None:
             with open(engine, graph.signatures[name], option) as session:
                 canary.check(graph, name, session, known, " ".join(f"{k} {v}" for k, v in versions().items()))
 
-    trt_store.make(engine, made, lambda: compile_plan(graph, name, option), compare)
+    store.make(engine, made, lambda: compile_plan(graph, name, option), compare)
 
 
 @contextmanager
@@ -67,9 +70,9 @@ def open(engine: Path, signature: Signature, options: Mapping[str, Any]) -> Iter
     One of another GPU is not built again here: that takes the student, torch and minutes.
     """
     option = checked_options(options)
-    _, made = trt_store.read(engine)
+    _, made = store.read(engine)
     running = {key: option[key] for key in RUN_ONLY} | {"library": made["library"], "rebuild": False}
-    with trt.open(engine, signature, running) as session:
+    with backend.open(engine, signature, running) as session:
         yield session
 
 
@@ -226,5 +229,5 @@ def _record(graph: Artifact, name: str, option: Mapping[str, Any]) -> dict[str, 
     used = load_library(library().tensorrt_package_name)
     settings = Settings(workspace_mib=option["workspace_mib"], optimization_level=option["optimization_level"])
     options = {key: value for key, value in option.items() if key not in RUN_ONLY}
-    student = artifact.file_digest(graph.path / STUDENT / artifact.MANIFEST)
-    return trt_store.record(used, device(), settings, f"{student} {name}", options | versions())
+    student = file_digest(graph.path / STUDENT / artifact.MANIFEST)
+    return store.record(used, device(), settings, f"{student} {name}", options | versions())

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the script; returns its exit code."""
     if str(ROOT) not in sys.path:  # as a file, from a checkout that is not installed
         sys.path.insert(0, str(ROOT))
-    from rpfm_edge.errors import RpfmError
+    from rpfm_edge.core.errors import RpfmError
 
     given = parser().parse_args(arguments)
     if given.command == "worker":
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _out(given: argparse.Namespace) -> Path:
-    from rpfm_edge.errors import ConfigError
+    from rpfm_edge.core.errors import ConfigError
 
     if given.out is None:
         raise ConfigError("no folder", expected="--out FOLDER", fix="give one")
@@ -88,7 +88,7 @@ def prepare(given: argparse.Namespace) -> int:
 
 def options_of(given: argparse.Namespace) -> Any:
     """``parts.Options`` of the command line; raises ``ConfigError``."""
-    from rpfm_edge.errors import ConfigError
+    from rpfm_edge.core.errors import ConfigError
     from scripts.gpu_parts.parts import KINDS, Options
 
     possible = WAYS if given.device == "gpu" else tuple(name for name in WAYS if "+" not in name)
@@ -114,7 +114,7 @@ def options_of(given: argparse.Namespace) -> Any:
 
 
 def _some_of(option: str, names: Sequence[str] | None, known: tuple[str, ...]) -> tuple[str, ...]:
-    from rpfm_edge.errors import ConfigError
+    from rpfm_edge.core.errors import ConfigError
 
     for name in names or ():
         if name not in known:
@@ -183,7 +183,7 @@ def _measure(part: Any, check: Any, evidence: Any, here: dict[str, Any]) -> None
 
 def _conclude(evidence: Any, parts: Sequence[Any], options: Any, late: bool = False, say: bool = False) -> int:
     """Write ``evidence.json`` and ``table.md``; returns the exit code."""
-    from rpfm_edge.artifact import write_text
+    from rpfm_edge.core.files import write_text
     from scripts.gpu_parts.table import markdown, verdicts
 
     records = evidence.read()

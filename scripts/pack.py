@@ -27,7 +27,7 @@ SMALLEST_MB = 0.05
 
 
 class PackError(Exception):
-    """A fault of the user's: problem, what was expected, what to do; the sentence of ``rpfm_edge.errors``."""
+    """A fault of the user's: problem, what was expected, what to do; the sentence of ``rpfm_edge.core.errors``."""
 
     def __init__(self, problem: str, *, expected: str, fix: str) -> None:
         super().__init__(f"{problem}: expected {expected}; {fix}.")

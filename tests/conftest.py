@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from rpfm_edge.artifact import Artifact
+from rpfm_edge.core.artifact import Artifact
 
 TINY_SIZE, TINY_STEPS = (64, 48), 2
 
@@ -20,7 +20,7 @@ def _no_settling(request: pytest.FixtureRequest) -> Iterator[None]:
     """Times need not be right, but where timing itself is tested. As wide as a module, for what its fixtures time."""
     with pytest.MonkeyPatch.context() as patch:
         if request.path.name != "test_measure.py":
-            patch.setattr("rpfm_edge.measure.SETTLE_S", 0.0)
+            patch.setattr("rpfm_edge.measure.clock.SETTLE_S", 0.0)
         yield
 
 

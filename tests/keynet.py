@@ -17,8 +17,8 @@ from distill.autoencoder import SmallAutoencoder, SmallAutoencoderConfig
 from distill.condition import Source, Tensors, visible
 from distill.export import Frame, Prepare, example_feeds, signatures, write_graph
 from distill.student import Student
-from rpfm_edge import artifact
-from rpfm_edge.artifact import Artifact
+from rpfm_edge.core import artifact
+from rpfm_edge.core.artifact import Artifact
 
 SIZE, LATENT, STEPS = (64, 48), (8, 8, 6), 2
 

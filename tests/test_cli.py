@@ -24,10 +24,12 @@ from typer.testing import CliRunner
 
 import runtimes
 from distill import rpfm
-from rpfm_edge import api, artifact, cli
-from rpfm_edge.artifact import Artifact, file_digest
-from rpfm_edge.errors import ArtifactError, ConfigError, InputError, SignatureError
-from rpfm_edge.pipeline import Pipeline
+from rpfm_edge import api, cli
+from rpfm_edge.bundle.pipeline import Pipeline
+from rpfm_edge.core import artifact
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import ArtifactError, ConfigError, InputError, SignatureError
+from rpfm_edge.core.files import file_digest
 from tests.distill.tiny import SIZE
 from tests.toy import make_teacher, write_inputs
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from rpfm_edge import api
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.pipeline import Pipeline
-from rpfm_edge.pose import read_pose
+from rpfm_edge.bundle.pipeline import Pipeline
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.people.formats import read_pose
 from tests.toy import write_inputs
 
 pytestmark = pytest.mark.slow
@@ -28,7 +28,7 @@ import json, sys
 from importlib.util import find_spec
 import numpy as np
 import rpfm_edge
-from rpfm_edge.pose import read_pose
+from rpfm_edge.people.pose import read_pose
 bundle, source, pose, out = sys.argv[1:]
 with rpfm_edge.Pipeline.open(bundle) as pipe:
     image = pipe.render(pipe.prepare(source), read_pose(pose, pipe.size))

@@ -11,8 +11,8 @@ import pytest
 import typer
 
 from benchmarks.peers import table as peers
-from rpfm_edge import frontier_table
 from rpfm_edge.cli import app
+from rpfm_edge.report import frontier
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks/README.md"])
@@ -86,7 +86,7 @@ def test_every_module_is_listed() -> None:
     assert not [entry for entry in listed if not (ROOT / entry).exists()]
 
 
-@pytest.mark.parametrize("markers", [(frontier_table.BEGIN, frontier_table.END), (peers.BEGIN, peers.END)])
+@pytest.mark.parametrize("markers", [(frontier.BEGIN, frontier.END), (peers.BEGIN, peers.END)])
 def test_the_numbers_have_a_place_for_the_tables(markers: tuple[str, str]) -> None:
     text = (ROOT / "docs/numbers.md").read_text()
-    assert frontier_table.put_between(text, "| new |", *markers).count("| new |") == 1
+    assert frontier.put_between(text, "| new |", *markers).count("| new |") == 1

@@ -18,9 +18,9 @@ import pytest
 import rpfm_edge
 import runtimes
 from rpfm_edge import doctor
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.errors import BackendError, ConfigError
-from runtimes import trt_cuda
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import BackendError, ConfigError
+from runtimes.trt import cuda as trt_cuda
 
 ROOT = Path(rpfm_edge.__file__).parent.parent
 
@@ -33,7 +33,7 @@ def shown(diagnosis: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeyp
 
 @pytest.fixture(scope="module")
 def diagnosis() -> dict[str, Any]:
-    return doctor.diagnose()
+    return doctor.doctor()
 
 
 def test_diagnosis_goes_through_json(diagnosis: dict[str, Any]) -> None:
@@ -88,7 +88,7 @@ print(json.dumps(api.doctor()["backends"]))
 
 def test_is_quick(diagnosis: dict[str, Any]) -> None:
     start = time.process_time()
-    doctor.diagnose()
+    doctor.doctor()
     assert time.process_time() - start < 2
 
 
@@ -109,7 +109,7 @@ def test_the_pip_line_of_a_missing_backend(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(runtimes.BACKENDS, "openvino", ("runtimes.ov", "no_such_library", "openvino"))
-    found = doctor.diagnose()
+    found = doctor.doctor()
     assert found["openvino_devices"] == {}
     assert "pip install 'rpfm-edge[openvino]'" in shown(found, capsys, monkeypatch)
 
@@ -127,18 +127,18 @@ def test_tensorrt_without_a_gpu(
 
     monkeypatch.setattr(trt_cuda, "device", none_here)
     monkeypatch.setattr(runtimes, "available", lambda: {"tensorrt": None, "torch": None})
-    found = doctor.diagnose() | {"versions": {library: "10.0"}}
+    found = doctor.doctor() | {"versions": {library: "10.0"}}
     assert found["backends"] == {"tensorrt": None, "torch": None}
     text = shown(found, capsys, monkeypatch)
     assert f"{words}: no NVIDIA GPU can be used: expected a GPU; run on the device." in text
     assert text.count("│ usable") == 1  # torch
     monkeypatch.setattr(trt_cuda, "device", lambda: None)
-    assert doctor.diagnose()["no_gpu"] is None
+    assert doctor.doctor()["no_gpu"] is None
 
 
 def test_an_unknown_precision() -> None:
     with pytest.raises(ConfigError, match=r"unknown precision 'nonsense': expected one of \('fp32', .*'nvfp4'\)"):
-        doctor.diagnose("nonsense")
+        doctor.doctor("nonsense")
 
 
 def test_cpu_flags() -> None:

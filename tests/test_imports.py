@@ -17,7 +17,9 @@ LIGHT = ("cv2", "numpy", "rich", "safetensors", "tomli", "typer")
 OPTIONAL = {"rpfm_edge/live/rtc.py": {"aiortc", "av"}}  # it subclasses theirs, and is imported by name when asked for
 
 
-@pytest.mark.parametrize("module", ["rpfm_edge", "rpfm_edge.cli", "rpfm_edge.run", "rpfm_edge.report", "runtimes"])
+@pytest.mark.parametrize(
+    "module", ["rpfm_edge", "rpfm_edge.cli", "rpfm_edge.recipe.run", "rpfm_edge.report", "runtimes"]
+)
 def test_importing_the_contract_loads_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print(*(name for name in {HEAVY} if name in sys.modules))"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

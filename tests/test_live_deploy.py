@@ -24,8 +24,8 @@ import pytest
 import typer
 
 from rpfm_edge import api
-from rpfm_edge.artifact import Artifact
 from rpfm_edge.cli import app
+from rpfm_edge.core.artifact import Artifact
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy" / "jetson"

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 import runtimes
-from rpfm_edge import api, bundle
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.errors import BackendError, ConfigError
-from rpfm_edge.options import parse_options
+from rpfm_edge import api
+from rpfm_edge.chain import build
+from rpfm_edge.cli import parse_options
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import BackendError, ConfigError
 
 
 def test_types_and_backends() -> None:
@@ -52,7 +53,7 @@ def test_nothing_is_compiled_before_all_is_checked(
 ) -> None:
     compiled: list[object] = []
     monkeypatch.setattr(runtimes.load("onnxruntime"), "build", lambda *given: compiled.append(given))
-    monkeypatch.setattr(bundle.canary, "record", compiled.append)
+    monkeypatch.setattr(build, "record", compiled.append)
     with pytest.raises(error, match=r"bogus|threads"):
         api.build(tiny_graph.path, tmp_path / "bundle", ["onnxruntime", target], parse_options(options))
     assert not compiled

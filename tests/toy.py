@@ -7,8 +7,9 @@ from pathlib import Path
 import cv2
 
 from distill.teacher import save_teacher
-from rpfm_edge.data import open_split, sample_root
-from rpfm_edge.pose import write_pose
+from rpfm_edge.people.data import sample_root
+from rpfm_edge.people.deepfashion import open_split
+from rpfm_edge.people.formats import write_pose
 from tests.distill.tiny import SIZE, toy_teacher
 
 

@@ -14,11 +14,12 @@ from rich.console import Console
 from benchmarks.peers.loops import Subject
 from benchmarks.peers.rounds import measure_peers
 from benchmarks.peers.table import BEGIN, END, markdown, picture, rich_table, verdicts
-from rpfm_edge import api, artifact
-from rpfm_edge.data import has_split
-from rpfm_edge.errors import RpfmError
-from rpfm_edge.frontier_table import put_between
-from rpfm_edge.splits import open_splits
+from rpfm_edge import api
+from rpfm_edge.core import artifact, files
+from rpfm_edge.core.errors import RpfmError
+from rpfm_edge.people.deepfashion import has_split
+from rpfm_edge.people.splits import open_splits
+from rpfm_edge.report.frontier import put_between
 
 PEOPLE = Path(__file__).parents[2].parent / "shared" / "people"
 BACKENDS = {"fp32": ["openvino", "onnxruntime", "torch"], "int8": ["openvino"]}
@@ -70,13 +71,13 @@ def main() -> int:
             subject = Subject(bundles, given.teacher, test.image(source, size), given.threads, stack)
             result = measure_peers(subject, test.pose(target, size), given.rounds, given.only, cache)
             result |= {"data": given.data, "student": given.student, "steps": given.steps}
-        artifact.write_text(given.out / "peers.json", json.dumps(result, indent=1))
-        artifact.write_text(given.out / "peers.md", markdown(result))
+        files.write_text(given.out / "peers.json", json.dumps(result, indent=1))
+        files.write_text(given.out / "peers.md", markdown(result))
         if any("frame" in row for row in result["rows"]):
-            artifact.write_bytes(given.out / "peers.png", picture(result))
+            files.write_bytes(given.out / "peers.png", picture(result))
         if given.readme:
             text = given.readme.read_text(encoding="utf-8")
-            artifact.write_text(given.readme, put_between(text, markdown(result), BEGIN, END))
+            files.write_text(given.readme, put_between(text, markdown(result), BEGIN, END))
     except (RpfmError, OSError) as error:
         console.print(f"error: {error}", style="red", markup=False)
         return 2

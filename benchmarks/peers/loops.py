@@ -21,11 +21,11 @@ from distill.condition import encode_pose, encoded
 from distill.export import modules, to_float
 from distill.student import load_student
 from distill.teacher import load_teacher, sample_teacher
-from rpfm_edge import artifact
-from rpfm_edge.errors import BackendError
-from rpfm_edge.image import from_model, to_model
-from rpfm_edge.metrics import import_extra
-from rpfm_edge.pipeline import Person, Pipeline
+from rpfm_edge.bundle.pipeline import Person, Pipeline
+from rpfm_edge.core import artifact
+from rpfm_edge.core.errors import BackendError
+from rpfm_edge.core.extras import import_extra
+from rpfm_edge.people.image import from_model, to_model
 from runtimes import ort, ov
 
 Draw = Callable[[np.ndarray], np.ndarray]

@@ -13,12 +13,13 @@ import torch
 
 from benchmarks.peers import loops
 from benchmarks.peers.loops import Draw, Subject
-from rpfm_edge import device_state, measure
-from rpfm_edge.artifact import tool_versions
-from rpfm_edge.errors import BackendError, ConfigError, ParityError
-from rpfm_edge.measure import steady
-from rpfm_edge.metrics import psnr_db
-from rpfm_edge.pose import draw_skeleton
+from rpfm_edge.core.artifact import tool_versions
+from rpfm_edge.core.errors import BackendError, ConfigError, ParityError
+from rpfm_edge.measure import clock, device_state
+from rpfm_edge.measure.clock import steady
+from rpfm_edge.measure.machine import where
+from rpfm_edge.measure.metrics import psnr_db
+from rpfm_edge.people.pose import draw_skeleton
 
 LIBRARIES = ("torch", "diffusers", "onnxruntime", "openvino", "numpy")
 SAME_DB = {"fp32": 50.0, "int8": 25.0}  # at least, to eager torch: the same work was done
@@ -83,7 +84,7 @@ def measure_peers(
         {"name": p.name, "precision": p.precision, "teacher": p.teacher} | facts.get(p.name, {}) | times.get(p.name, {})
         for p in chosen
     ]
-    machine = measure.where(tool_versions(*LIBRARIES))
+    machine = where(tool_versions(*LIBRARIES))
     known = {"rounds": rounds, "threads": given.threads, "size": list(size), "machine": machine}
     return known | {"state": state, "rows": rows}
 
@@ -117,8 +118,8 @@ def _times(
 ) -> dict[str, dict[str, Any]]:
     """Students in turns; then the teachers, which take long, in turns with the first student."""
     skeleton = draw_skeleton(pose, size)
-    with_pose: dict[str, measure.Call] = {n: lambda d=d: d(draw_skeleton(pose, size)) for n, d in draws.items()}  # type: ignore[misc]
-    without: dict[str, measure.Call] = {n: lambda d=d: d(skeleton) for n, d in draws.items()}  # type: ignore[misc]
+    with_pose: dict[str, clock.Call] = {n: lambda d=d: d(draw_skeleton(pose, size)) for n, d in draws.items()}  # type: ignore[misc]
+    without: dict[str, clock.Call] = {n: lambda d=d: d(skeleton) for n, d in draws.items()}  # type: ignore[misc]
     slow = [peer.name for peer in chosen if peer.teacher and peer.name in draws]
     fast = [name for name in draws if name not in slow]
     calls = {f"{name}|frame": with_pose[name] for name in fast} | {f"{name}|bare": without[name] for name in fast}
@@ -128,7 +129,7 @@ def _times(
         times.setdefault(name, {})[what] = latency.to_json()
     if slow:
         anchor = {ANCHOR: with_pose[ANCHOR]} if ANCHOR in draws else {}
-        found = measure.interleaved({**anchor, **{n: with_pose[n] for n in slow}}, max(3, rounds // SLOW_ROUNDS), 1)
+        found = clock.interleaved({**anchor, **{n: with_pose[n] for n in slow}}, max(3, rounds // SLOW_ROUNDS), 1)
         for name in slow:
             times[name] = {"frame": found[name].to_json()}
             if anchor:

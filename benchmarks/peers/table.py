@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from rpfm_edge.charts import bars_png
-from rpfm_edge.gate import resampled_medians
-from rpfm_edge.report import format_number
+from rpfm_edge.measure.verdict import resampled_medians
+from rpfm_edge.report.page import format_number
+from rpfm_edge.report.plots import bars_png
 
 BEGIN, END = "<!-- peers:begin -->", "<!-- peers:end -->"
 COLUMNS = ("Loop", "Frames per second", "p50 (ms)", "p95 (ms)", "Without pose drawing, p50 (ms)", "Frame time, × ours")

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
-from rpfm_edge.errors import ConfigError
-from rpfm_edge.metrics import import_extra
+from rpfm_edge.core.errors import ConfigError
+from rpfm_edge.core.extras import import_extra
 
 COOKIE = "rpfm_token"
 LEAST_TOKEN = 16  # characters

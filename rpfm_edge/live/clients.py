@@ -16,7 +16,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from rpfm_edge.errors import ConfigError, InputError, RpfmError
+from rpfm_edge.core.errors import ConfigError, InputError, RpfmError
 from rpfm_edge.live import messages
 from rpfm_edge.live.latency import Latency
 from rpfm_edge.live.matte import stacked

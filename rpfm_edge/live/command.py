@@ -14,10 +14,9 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from rpfm_edge import tables
-from rpfm_edge.artifact import require_writable
-from rpfm_edge.errors import ConfigError, RpfmError
-from rpfm_edge.image import load_image
+from rpfm_edge.bundle.pipeline import Pipeline
+from rpfm_edge.core.errors import ConfigError, RpfmError
+from rpfm_edge.core.files import require_writable
 from rpfm_edge.live.access import Access, address, check_certificate, choose_token, is_loopback, qr_code
 from rpfm_edge.live.clients import Limits
 from rpfm_edge.live.motion import read_motion
@@ -27,7 +26,8 @@ from rpfm_edge.live.service import Service
 from rpfm_edge.live.session import Frame, Options
 from rpfm_edge.live.sources import check_fps, replay, watch
 from rpfm_edge.live.telemetry import write_session
-from rpfm_edge.pipeline import Pipeline
+from rpfm_edge.people.image import load_image
+from rpfm_edge.report import tables
 
 
 def live(

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from rpfm_edge.errors import InputError
-from rpfm_edge.pose import check_pose, fit_pose, from_coco, from_mediapipe, from_openpose
+from rpfm_edge.core.errors import InputError
+from rpfm_edge.people.formats import from_coco, from_mediapipe, from_openpose
+from rpfm_edge.people.pose import check_pose, fit_pose
 
 VERSION = 1
 MAX_BYTES = 16_384  # of a text message: 33 landmarks with long decimals take a third of it

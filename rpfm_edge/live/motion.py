@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from rpfm_edge.data import read_clip
-from rpfm_edge.errors import InputError
-from rpfm_edge.metrics import import_extra
-from rpfm_edge.pose import FRAME, NobodyError, check_pose, fit_pose, from_coco, from_mediapipe, from_openpose, read_pose
+from rpfm_edge.core.errors import InputError
+from rpfm_edge.core.extras import import_extra
+from rpfm_edge.people.deepfashion import read_clip
+from rpfm_edge.people.formats import NobodyError, from_coco, from_mediapipe, from_openpose, read_pose
+from rpfm_edge.people.pose import FRAME, check_pose, fit_pose
 
 CLIP_FPS = 30.0
 Reader = Callable[[np.ndarray, tuple[int, int]], np.ndarray]

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from rpfm_edge.errors import ConfigError
-from rpfm_edge.metrics import import_extra
+from rpfm_edge.core.errors import ConfigError
+from rpfm_edge.core.extras import import_extra
 
 LATE_FRAMES, ROOM_FRAMES, ROOM, ROOM_LOST = 5, 60, 0.85, 10
 

@@ -8,9 +8,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from rpfm_edge.errors import BackendError, ConfigError, RpfmError
+from rpfm_edge.core.errors import BackendError, ConfigError, RpfmError
+from rpfm_edge.core.extras import import_extra
 from rpfm_edge.live.session import Frame
-from rpfm_edge.metrics import import_extra
 
 WAITING = 60  # frames; two seconds that the disk or the encoder may stand still
 SUFFIXES = (".mp4", ".mkv", ".mov")

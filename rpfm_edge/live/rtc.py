@@ -19,7 +19,7 @@ import av
 import numpy as np
 from aiortc.mediastreams import MediaStreamError
 
-from rpfm_edge.errors import InputError
+from rpfm_edge.core.errors import InputError
 from rpfm_edge.live.clients import Client, header, heard, picture
 from rpfm_edge.live.session import Frame, now_ms
 

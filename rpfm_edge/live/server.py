@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rpfm_edge.errors import BackendError, InputError, RpfmError
-from rpfm_edge.image import decode_image
+from rpfm_edge.core.errors import BackendError, InputError, RpfmError
+from rpfm_edge.core.extras import import_extra
 from rpfm_edge.live import messages
 from rpfm_edge.live.access import COOKIE, Access
 from rpfm_edge.live.clients import heard
 from rpfm_edge.live.service import Service
 from rpfm_edge.live.telemetry import CONTENT_TYPE, exposition
-from rpfm_edge.metrics import import_extra
+from rpfm_edge.people.image import decode_image
 
 LIBRARIES = ("starlette", "uvicorn", "websockets", "python_multipart", "prometheus_client")
 STATIC = Path(__file__).parent / "static"

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from rpfm_edge.errors import ConfigError, InputError
+from rpfm_edge.bundle.pipeline import Pipeline
+from rpfm_edge.core.errors import ConfigError, InputError
+from rpfm_edge.core.extras import import_extra
 from rpfm_edge.live.clients import Client, Limits, Sender, set_matte
 from rpfm_edge.live.latency import Latency, summary
 from rpfm_edge.live.messages import Pose
 from rpfm_edge.live.session import Frame, Options, Renderer
 from rpfm_edge.live.sources import Feed
-from rpfm_edge.metrics import import_extra
-from rpfm_edge.pipeline import Pipeline
 
 CLIENT, NOBODY = "client", "none"
 JPEG, WEBRTC = "jpeg", "webrtc"

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from rpfm_edge.errors import ConfigError, RpfmError
+from rpfm_edge.bundle.pipeline import Person, Pipeline
+from rpfm_edge.core.errors import ConfigError, RpfmError
 from rpfm_edge.live.messages import Pose
 from rpfm_edge.live.policy import Level, Smoother, StillFilter, next_level
-from rpfm_edge.pipeline import Person, Pipeline
-from rpfm_edge.pose import pose_input
+from rpfm_edge.people.pose import pose_input
 
 STAGES = ("pose_in", "drawn", "rendered", "encoded", "sent")
 _NOBODY = np.full((18, 2), np.nan, np.float32)

@@ -12,12 +12,12 @@ from typing import Any
 import cv2
 import numpy as np
 
-from rpfm_edge import keypoints
-from rpfm_edge.errors import BackendError, ConfigError, InputError
+from rpfm_edge.core.errors import BackendError, ConfigError, InputError
 from rpfm_edge.live.messages import Pose
 from rpfm_edge.live.motion import CLIP_FPS
 from rpfm_edge.live.session import now_ms
-from rpfm_edge.pose import fit_pose
+from rpfm_edge.measure.joints import FETCH, estimator, missing_pose
+from rpfm_edge.people.pose import fit_pose
 
 MAX_FAILURES = 30  # pictures in a row that a camera does not give, until it counts as gone
 
@@ -31,7 +31,7 @@ def replay(poses: np.ndarray, fps: float) -> Iterator[tuple[float, np.ndarray]]:
 def watch(camera: str, size: tuple[int, int]) -> Iterator[tuple[float, np.ndarray]]:
     """(seconds since the start, pose) of the person in a camera or video file, as fast as they come.
 
-    The joints are found by the network of ``rpfm_edge.keypoints``; a picture without a person gives none. A video
+    The joints are found by the network of ``rpfm_edge.measure.joints``; a picture without a person gives none. A video
     file is played at its own rate, or more slowly if finding the joints takes longer, and again from the start after
     its end. While poses are not taken, pictures are not either.
 
@@ -39,9 +39,9 @@ def watch(camera: str, size: tuple[int, int]) -> Iterator[tuple[float, np.ndarra
         BackendError: the network is not at hand.
         InputError: the camera or file cannot be opened; later, if it stops giving pictures.
     """
-    if reason := keypoints.missing_pose():
-        raise BackendError(f"poses cannot be found: {reason}", expected="the network", fix=f"run: {keypoints.FETCH}")
-    return _found(open_camera(camera), camera, keypoints.estimator(), size)
+    if reason := missing_pose():
+        raise BackendError(f"poses cannot be found: {reason}", expected="the network", fix=f"run: {FETCH}")
+    return _found(open_camera(camera), camera, estimator(), size)
 
 
 def _found(

@@ -7,15 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rpfm_edge.artifact import write_text
-from rpfm_edge.errors import BackendError
+from rpfm_edge.core.errors import BackendError
+from rpfm_edge.core.extras import import_extra
+from rpfm_edge.core.files import write_text
 from rpfm_edge.live.latency import QUANTILES, TITLES
-from rpfm_edge.measure import where
-from rpfm_edge.metrics import import_extra
-from rpfm_edge.report import Evidence, Figure, write_report
+from rpfm_edge.measure.machine import where
+from rpfm_edge.report.page import Evidence, Figure, write_report
 
 if TYPE_CHECKING:
     from rpfm_edge.live.service import Service
+
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _GAUGES = ("person", "steps", "clients")

@@ -8,8 +8,10 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rpfm_edge import api, artifact, assets
-from rpfm_edge.errors import ConfigError
+from rpfm_edge import api
+from rpfm_edge.core import artifact, shipped
+from rpfm_edge.core.errors import ConfigError
+from rpfm_edge.core.files import write_text
 
 RECORD, PRECISIONS = "case.json", ("fp16", "int8")
 SPREAD = 0.02  # of what is added to random weights, so that no layer starts at zero
@@ -77,7 +79,7 @@ def prepare(spec: str, root: Path, data: str, steps: int) -> Case:
             api.build(made.path, folder / precision, "onnxruntime")
     case = Case(name, bool(given), steps, folder)
     record = {key: value for key, value in asdict(case).items() if key != "folder"}
-    artifact.write_text(folder / RECORD, json.dumps(record, indent=1))
+    write_text(folder / RECORD, json.dumps(record, indent=1))
     return case
 
 
@@ -87,7 +89,7 @@ def _copy_given(spec: str, given: str, folder: Path) -> None:
         raise ConfigError(f"case {spec!r}", expected="NAME=STUDENT,TEACHER or NAME", fix="give both, or neither")
     kinds: tuple[artifact.Kind, artifact.Kind] = ("student", "teacher")
     for kind, source in zip(kinds, (student, teacher), strict=True):
-        loaded = artifact.load(assets.resolve(source), kind)
+        loaded = artifact.load(shipped.resolve(source), kind)
         if not (folder / kind).is_dir():
             with artifact.replacing_folder(folder / kind, kind) as scratch:
                 shutil.copytree(loaded.path, scratch, dirs_exist_ok=True)
@@ -95,7 +97,7 @@ def _copy_given(spec: str, given: str, folder: Path) -> None:
 
 def random_weights(name: str, folder: Path, steps: int, seed: int = 0) -> None:
     """A teacher and a student of preset ``name`` with random weights and the shipped student's autoencoder."""
-    import torch  # noqa: TID251 - this script compares with torch
+    import torch
 
     from distill.rpfm import RPFM, preset
     from distill.student import DistillConfig, create_student, load_student, save_student

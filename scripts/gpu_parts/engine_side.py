@@ -19,13 +19,16 @@ from typing import Any
 import numpy as np
 
 import runtimes
-from rpfm_edge import api, artifact
-from rpfm_edge.bundle import size_bytes
-from rpfm_edge.errors import BackendError
-from rpfm_edge.measure import where
-from rpfm_edge.metrics import psnr_db
-from rpfm_edge.pipeline import Pipeline
-from rpfm_edge.validate import Pairs, bundle_images
+from rpfm_edge import api
+from rpfm_edge.bundle.engines import size_bytes
+from rpfm_edge.bundle.pipeline import Pipeline
+from rpfm_edge.core import artifact
+from rpfm_edge.core.errors import BackendError
+from rpfm_edge.core.files import write_bytes
+from rpfm_edge.judge.quality import bundle_images
+from rpfm_edge.measure.machine import where
+from rpfm_edge.measure.metrics import psnr_db
+from rpfm_edge.people.held_out import Pairs
 from scripts.gpu_parts import timing
 from scripts.gpu_parts.worker import Verb
 
@@ -40,7 +43,7 @@ def engine_machine(backend: str) -> dict[str, Any]:
     versions = runtimes.load(backend).versions()
     gpu = None
     if backend == ON_GPU:
-        from runtimes.trt_cuda import device
+        from runtimes.trt.cuda import device
 
         gpu = asdict(device())
     return {"machine": where(versions), "gpu": gpu}
@@ -97,7 +100,7 @@ def images(bundle: str, backend: str, pairs: str, out: str) -> dict[str, Any]:
     found = bundle_images(bundle, backend, load_pairs(pairs)[0])
     stream = BytesIO()
     np.savez(stream, images=found)
-    artifact.write_bytes(Path(out), stream.getvalue())
+    write_bytes(Path(out), stream.getvalue())
     return {"count": len(found)}
 
 
@@ -160,7 +163,7 @@ def memory_rounds(bundle: str, backend: str, pairs: str, count: int, seconds: fl
             pipe.render_input(pipe.prepare(drawn.sources[0]), pipe.pose_input(drawn.poses[0]))
         host.append(resident_bytes())
         if backend == ON_GPU:
-            from runtimes.trt_cuda import checked_call, runtime_api
+            from runtimes.trt.cuda import checked_call, runtime_api
 
             free, total = _memory_info(runtime_api(), checked_call)
             gpu.append(total - free)

@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rpfm_edge import artifact
+from rpfm_edge.core import artifact
+from rpfm_edge.core.files import write_text
 from scripts.gpu_parts import timing
 from scripts.gpu_parts.cases import PRECISIONS, Case
 from scripts.gpu_parts.table import WARMUP_ROUNDS
@@ -119,7 +120,7 @@ class Evidence:
     def put(self, name: str, key: Mapping[str, Any], **result: Any) -> None:
         """Keep the record of a part; ``result`` is ``found=…`` or ``failed=…``."""
         record = {"part": name, "key": key, "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **result}
-        artifact.write_text(self.folder / f"{name.replace(' ', '-')}.json", json.dumps(record, indent=1))
+        write_text(self.folder / f"{name.replace(' ', '-')}.json", json.dumps(record, indent=1))
 
 
 def all_parts(cases: list[Case], options: Options) -> Iterator[Part]:

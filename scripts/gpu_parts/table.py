@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rpfm_edge.artifact import json_digest
+from rpfm_edge.core.files import json_digest
 from scripts.gpu_parts.timing import ratio
 
 Found = Mapping[str, Mapping[str, Any]]  # part → what it found

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rpfm_edge.measure import Call, interleaved
+from rpfm_edge.measure.clock import Call, interleaved
 from scripts.gpu_parts.worker import Verb
 
 WARMUP = 3  # of every round: the other process has had the GPU in between

@@ -8,20 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch  # noqa: TID251 - this script compares with torch
+import torch
 
 from distill.condition import Tensors, encode_pose, encoded
 from distill.export import to_float
 from distill.reference import student_images
 from distill.student import Student, load_student
 from distill.teacher import RPFMTeacher, load_teacher, sample_teacher
-from rpfm_edge import artifact, metrics
-from rpfm_edge.image import to_model
-from rpfm_edge.measure import where
-from rpfm_edge.metrics import psnr_db
-from rpfm_edge.pose import draw_skeleton
-from rpfm_edge.splits import open_splits
-from rpfm_edge.validate import circumstances, draw_pairs, measure_stage, teacher_stages
+from rpfm_edge.core import artifact
+from rpfm_edge.core.files import write_bytes
+from rpfm_edge.judge.quality import circumstances, measure_stage, teacher_stages
+from rpfm_edge.measure import metrics
+from rpfm_edge.measure.machine import where
+from rpfm_edge.measure.metrics import psnr_db
+from rpfm_edge.people.held_out import draw_pairs
+from rpfm_edge.people.image import to_model
+from rpfm_edge.people.pose import draw_skeleton
+from rpfm_edge.people.splits import open_splits
 from scripts.gpu_parts import timing
 from scripts.gpu_parts.cases import read_case
 from scripts.gpu_parts.engine_side import PARTS, load_pairs
@@ -78,7 +81,7 @@ def reference(case: str, data: str, count: int, out: str) -> dict[str, Any]:
     made = {"teacher": teacher, "student": student, "frame": frame[0], "bundle_noise": noise}
     stream = BytesIO()
     np.savez(stream, names=np.array(pairs.names), **arrays, **made)
-    artifact.write_bytes(Path(out), stream.getvalue())
+    write_bytes(Path(out), stream.getvalue())
     judged = {"stage": "student, torch fp32", **measure_stage(student, teacher, pairs, (), ())}
     return {"stages": [*stages, judged], **circumstances(pairs)}
 

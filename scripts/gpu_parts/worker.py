@@ -17,7 +17,7 @@ from pathlib import Path
 from threading import Timer
 from typing import Any
 
-from rpfm_edge.errors import RpfmError
+from rpfm_edge.core.errors import RpfmError
 
 Verb = Callable[..., dict[str, Any]]
 SCRIPT = Path(__file__).resolve().parents[1] / "gpu_check.py"

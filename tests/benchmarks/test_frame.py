@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import test_frame as module
-from rpfm_edge import device_state
+from rpfm_edge.measure import device_state
 
 
 class Benchmark:

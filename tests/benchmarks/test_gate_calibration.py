@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from benchmarks import gate_calibration
-from rpfm_edge import api, baseline
-from rpfm_edge.artifact import Artifact
+from rpfm_edge import api
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.judge import baseline
 
 
 def test_another_bundle_backend_device_or_limit_is_another_experiment(

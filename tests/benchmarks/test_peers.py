@@ -14,13 +14,14 @@ from benchmarks.conftest import cases
 from benchmarks.peers import loops
 from benchmarks.peers.loops import Subject
 from benchmarks.peers.table import BEGIN, END, interval, markdown, picture, verdicts
-from rpfm_edge import api, device_state
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.errors import BackendError, ConfigError
-from rpfm_edge.frontier_table import put_between
-from rpfm_edge.pipeline import Pipeline
-from rpfm_edge.pose import draw_skeleton
-from rpfm_edge.splits import open_splits
+from rpfm_edge import api
+from rpfm_edge.bundle.pipeline import Pipeline
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import BackendError, ConfigError
+from rpfm_edge.measure import device_state
+from rpfm_edge.people.pose import draw_skeleton
+from rpfm_edge.people.splits import open_splits
+from rpfm_edge.report.frontier import put_between
 from tests.conftest import TINY_SIZE
 
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.roofline import LAYERS, WIDTH, graph_flops, peak_flops, product_graph
 from distill.export import example_feeds, modules, signatures
 from distill.student import load_student
-from rpfm_edge.artifact import Artifact
+from rpfm_edge.core.artifact import Artifact
 
 
 def test_operations_of_a_frame_are_those_that_torch_counts(tiny_student: Artifact, tiny_graph: Artifact) -> None:

@@ -23,8 +23,9 @@ from distill.resident import Pictures, as_model
 from distill.rpfm import RPFMConfig
 from distill.surface import HIGH, LAYERS, LOW
 from distill.train import TrainConfig
-from rpfm_edge.data import Split, draw_batch, open_split, sample_root
-from rpfm_edge.pose import MISSING
+from rpfm_edge.people.data import Split, draw_batch, sample_root
+from rpfm_edge.people.deepfashion import open_split
+from rpfm_edge.people.pose import MISSING
 
 SIZE = (64, 48)
 NETWORK = RPFMConfig(dim=32, depth=2, heads=2, latent_size=(8, 6), pose="keypoints", shared_modulation=True)

@@ -22,9 +22,10 @@ from distill.autoencoder import (
 )
 from distill.batches import fingerprint
 from distill.train import TrainConfig
-from rpfm_edge.data import open_split, sample_root
-from rpfm_edge.errors import ConfigError
-from rpfm_edge.image import to_model
+from rpfm_edge.core.errors import ConfigError
+from rpfm_edge.people.data import sample_root
+from rpfm_edge.people.deepfashion import open_split
+from rpfm_edge.people.image import to_model
 
 TINY = SmallAutoencoderConfig(latent_channels=6, widths=(8, 8, 16))
 

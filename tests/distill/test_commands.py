@@ -18,9 +18,10 @@ from distill.student import DistillConfig, create_student, load_student
 from distill.teach import TrainRecipe, train
 from distill.teacher import load_teacher
 from rpfm_edge import api
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.data import Split, hold_out, open_split, sample_root
-from rpfm_edge.errors import ConfigError, InputError
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import ConfigError, InputError
+from rpfm_edge.people.data import Split, hold_out, sample_root
+from rpfm_edge.people.deepfashion import open_split
 from tests.distill.test_teacher import gaussian_teacher
 from tests.distill.tiny import SIZE
 

@@ -14,7 +14,7 @@ from distill.autoencoder import _Loss as AutoencoderLoss
 from distill.rpfm import RPFM
 from distill.student import DistillConfig, DistillLoss, create_student, examples
 from distill.teacher import FlowMatchingConfig, FlowMatchingLoss, draw_example
-from rpfm_edge.data import draw_batch
+from rpfm_edge.people.data import draw_batch
 from tests.distill.tiny import NETWORK, randomised, toy_data, toy_teacher
 
 Case = tuple[nn.Module, tuple[object, ...]]

@@ -14,7 +14,8 @@ import torch
 
 from distill.batches import encode_split
 from distill.store import StoreConfig, build_store, load_store
-from rpfm_edge.data import draw_batch, open_split, sample_root
+from rpfm_edge.people.data import draw_batch, sample_root
+from rpfm_edge.people.deepfashion import open_split
 from tests.distill.tiny import SIZE, toy_teacher
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]

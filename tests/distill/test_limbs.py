@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from distill.limbs import PARTS, Joints, complete, limb_map
-from rpfm_edge.data import open_split, sample_root
-from rpfm_edge.pose import MISSING
+from rpfm_edge.people.data import sample_root
+from rpfm_edge.people.deepfashion import open_split
+from rpfm_edge.people.pose import MISSING
 
 HEIGHT = 256
 

@@ -25,15 +25,18 @@ from distill.train import TrainConfig
 from quantize import apply, calibrate
 from quantize.execute import Graph
 from quantize.weight_only import GROUP, in_groups
-from rpfm_edge import api, artifact, run
-from rpfm_edge.artifact import Artifact
+from rpfm_edge import api
 from rpfm_edge.cli import app
-from rpfm_edge.data import Split, open_split, sample_root
-from rpfm_edge.errors import ArtifactError, ConfigError
-from rpfm_edge.image import from_model, to_model
-from rpfm_edge.metrics import psnr_db
-from rpfm_edge.recipe import load_recipe
-from rpfm_edge.stages import Stages
+from rpfm_edge.core import artifact
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import ArtifactError, ConfigError
+from rpfm_edge.core.stages import Stages
+from rpfm_edge.measure.metrics import psnr_db
+from rpfm_edge.people.data import Split, sample_root
+from rpfm_edge.people.deepfashion import open_split
+from rpfm_edge.people.image import from_model, to_model
+from rpfm_edge.recipe import run
+from rpfm_edge.recipe.load import load_recipe
 from tests.conftest import TINY_SIZE, TINY_STEPS
 from tests.quantize.test_int8 import weights as int8_weights
 from tests.quantize.test_layers import modules

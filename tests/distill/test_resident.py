@@ -10,8 +10,9 @@ import torch
 
 from distill.batches import encode_split, settle_split
 from distill.resident import as_model, fits, open_pictures, settle
-from rpfm_edge.data import Split, draw_batch, open_split, sample_root
-from rpfm_edge.image import to_model
+from rpfm_edge.people.data import Split, draw_batch, sample_root
+from rpfm_edge.people.deepfashion import open_split
+from rpfm_edge.people.image import to_model
 from tests.distill.tiny import SIZE, toy_data, toy_teacher
 
 

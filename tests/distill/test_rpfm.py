@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from distill.condition import Source, per_target
 from distill.rpfm import PRESETS, RPFM, RPFMConfig, patchify, preset, unpatchify
-from rpfm_edge.errors import ConfigError
+from rpfm_edge.core.errors import ConfigError
 
 TINY = RPFMConfig(dim=32, depth=2, heads=2, latent_size=(8, 6))
 

@@ -32,10 +32,10 @@ from distill.student import (
 )
 from distill.teacher import FlowMatchingConfig, RPFMTeacher, load_teacher, sample_teacher, train_teacher
 from distill.train import TrainConfig
-from rpfm_edge.data import draw_batch
-from rpfm_edge.errors import ArtifactError, ConfigError, InputError, ParityError
-from rpfm_edge.flow import check_steps
-from rpfm_edge.signature import Signature, TensorSpec
+from rpfm_edge.core.errors import ArtifactError, ConfigError, InputError, ParityError
+from rpfm_edge.core.flow import check_steps
+from rpfm_edge.core.signature import Signature, TensorSpec
+from rpfm_edge.people.data import draw_batch
 from tests.distill.tiny import NETWORK, SIZE, randomised, toy_data, toy_teacher
 
 STORE = StoreConfig(trajectories=64, sources_per_shard=2, targets_per_source=4)

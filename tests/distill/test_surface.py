@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from distill.surface import HIGH, LOW, Surface, correspond, has_surfaces, mirrored, read_surface, search_trees
-from rpfm_edge.data import Split, open_split, sample_root
-from rpfm_edge.errors import InputError
+from rpfm_edge.core.errors import InputError
+from rpfm_edge.people.data import Split, sample_root
+from rpfm_edge.people.deepfashion import open_split
 
 
 def slab(shift: int = 0, layer: int = 3) -> Surface:

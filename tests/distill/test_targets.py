@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distill import targets
-from rpfm_edge.flow import interpolate, solve, target_velocity, time_grid
+from rpfm_edge.core.flow import interpolate, solve, target_velocity, time_grid
 
 MEAN, DEVIATION, GRID = 0.7, 0.4, 8
 

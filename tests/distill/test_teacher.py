@@ -28,10 +28,10 @@ from distill.teacher import (
     train_teacher,
 )
 from distill.train import TrainConfig
-from rpfm_edge.data import draw_batch
-from rpfm_edge.errors import ArtifactError, ConfigError
-from rpfm_edge.image import from_model
-from rpfm_edge.pose import draw_skeleton, flip, from_graph
+from rpfm_edge.core.errors import ArtifactError, ConfigError
+from rpfm_edge.people.data import draw_batch
+from rpfm_edge.people.image import from_model
+from rpfm_edge.people.pose import draw_skeleton, flip, from_graph
 from tests.distill.tiny import NETWORK, SIZE, toy_data, toy_teacher
 
 

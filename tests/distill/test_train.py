@@ -23,7 +23,7 @@ from torch import nn
 from distill import train
 from distill.student import METHODS
 from distill.train import TrainConfig, check_settings, fit
-from rpfm_edge.errors import ArtifactError, ConfigError
+from rpfm_edge.core.errors import ArtifactError, ConfigError
 from tests.distill.tiny import toy_teacher
 
 TRUE = torch.tensor([[2.0, -1.0, 0.5]])

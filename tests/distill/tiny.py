@@ -21,8 +21,9 @@ from distill.batches import EncodedSplit, encode_split
 from distill.rpfm import RPFM, RPFMConfig
 from distill.student import Student
 from distill.teacher import Guidance, RPFMTeacher
-from rpfm_edge.data import open_split, sample_root
-from rpfm_edge.image import to_model
+from rpfm_edge.people.data import sample_root
+from rpfm_edge.people.deepfashion import open_split
+from rpfm_edge.people.image import to_model
 
 SIZE = (64, 48)
 NETWORK = RPFMConfig(dim=32, depth=2, heads=2, latent_size=(8, 6))

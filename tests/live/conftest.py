@@ -11,13 +11,17 @@ import numpy as np
 import pytest
 
 from rpfm_edge import Pipeline, api
-from rpfm_edge.artifact import Artifact
+from rpfm_edge.core.artifact import Artifact
 from rpfm_edge.live.access import Access
 from rpfm_edge.live.clients import Limits
 from rpfm_edge.live.server import Place, serving
 from rpfm_edge.live.service import Service
 from rpfm_edge.live.session import Options
-from tests.live.pages import chromium, page, page_pipeline  # noqa: F401
+from tests.live.pages import (
+    chromium,  # noqa: F401
+    page,  # noqa: F401
+    page_pipeline,  # noqa: F401
+)
 
 Started = tuple[Service, int]
 

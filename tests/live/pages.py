@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from rpfm_edge import api
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.image import load_image
+from rpfm_edge.bundle.pipeline import Pipeline
+from rpfm_edge.core.artifact import Artifact
 from rpfm_edge.live.access import Access
 from rpfm_edge.live.clients import Limits
 from rpfm_edge.live.server import Place, serving
 from rpfm_edge.live.service import Service
 from rpfm_edge.live.session import Options
-from rpfm_edge.pipeline import Pipeline
+from rpfm_edge.people.image import load_image
 from tests.live.chrome import Page, browser
 
 PEOPLE = Path(api.__file__).parent / "assets" / "people" / "test_highres"

@@ -1,3 +1,5 @@
+"""TODO."""
+
 from __future__ import annotations
 
 import http.client
@@ -12,7 +14,7 @@ import cv2
 import numpy as np
 import pytest
 
-from rpfm_edge.errors import BackendError, ConfigError
+from rpfm_edge.core.errors import BackendError, ConfigError
 from rpfm_edge.live import access
 from rpfm_edge.live.access import Access, address, check_certificate, choose_token, is_loopback, qr_code
 from tests.live.driver import driver

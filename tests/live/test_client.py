@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 
 from rpfm_edge import api
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.image import load_image
+from rpfm_edge.bundle.pipeline import Pipeline
+from rpfm_edge.core.artifact import Artifact
 from rpfm_edge.live.access import Access
 from rpfm_edge.live.clients import Limits
 from rpfm_edge.live.messages import pack
 from rpfm_edge.live.server import Place, serving
 from rpfm_edge.live.service import Service
 from rpfm_edge.live.session import Options
-from rpfm_edge.metrics import psnr_db
-from rpfm_edge.pipeline import Pipeline
-from rpfm_edge.pose import write_pose
+from rpfm_edge.measure.metrics import psnr_db
+from rpfm_edge.people.formats import write_pose
+from rpfm_edge.people.image import load_image
 
 CLIENT = Path(api.__file__).parents[1] / "clients" / "python_client.py"
 SOURCE = Path(api.__file__).parent / "assets" / "people" / "test_highres" / "p00900_0.jpg"

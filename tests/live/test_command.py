@@ -1,3 +1,5 @@
+"""TODO."""
+
 from __future__ import annotations
 
 import json
@@ -12,12 +14,12 @@ import pytest
 from typer.testing import CliRunner
 
 from rpfm_edge.cli import app
-from rpfm_edge.errors import ConfigError, RpfmError
-from rpfm_edge.image import save_png
+from rpfm_edge.core.errors import ConfigError, RpfmError
 from rpfm_edge.live import command as live_command
 from rpfm_edge.live.latency import TITLES
 from rpfm_edge.live.messages import Pose
 from rpfm_edge.live.session import Frame
+from rpfm_edge.people.image import save_png
 from tests.live.driver import driver
 
 

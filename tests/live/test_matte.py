@@ -1,13 +1,13 @@
-from __future__ import annotations
+"""TODO."""
 
-from pathlib import Path
+from __future__ import annotations
 
 import cv2
 import numpy as np
 
-from rpfm_edge.assets import __file__ as assets
-from rpfm_edge.image import load_image
+from rpfm_edge.core.shipped import FOLDER
 from rpfm_edge.live.matte import background_colour, matte, stacked
+from rpfm_edge.people.image import load_image
 
 RNG = np.random.default_rng(0)
 
@@ -51,7 +51,7 @@ def test_the_colour_is_the_borders_and_an_empty_picture_has_no_matte() -> None:
 
 
 def test_rendered_people_are_covered_and_their_surroundings_are_not() -> None:
-    picture = load_image(Path(assets).parent / "people/test_highres/p00900_1.jpg")
+    picture = load_image(FOLDER / "people/test_highres/p00900_1.jpg")
     found, far = matte(picture), np.abs(picture.astype(int) - 247).max(axis=2)
     assert (found[far > 60] > 0).mean() > 0.999
     assert not found[:, :3].any()

@@ -1,3 +1,5 @@
+"""TODO."""
+
 from __future__ import annotations
 
 import json
@@ -9,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpfm_edge.errors import InputError
+from rpfm_edge.core.errors import InputError
 from rpfm_edge.live import messages
-from rpfm_edge.pose import fit_pose, from_coco, from_openpose
+from rpfm_edge.people.formats import from_coco, from_openpose
+from rpfm_edge.people.pose import fit_pose
 
 SIZE = (256, 176)
 RNG = np.random.default_rng(0)

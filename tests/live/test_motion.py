@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rpfm_edge.errors import InputError
+from rpfm_edge.core.errors import InputError
 from rpfm_edge.live.motion import read_motion
-from rpfm_edge.pose import NobodyError, fit_pose, from_coco, from_mediapipe, from_openpose, write_pose
+from rpfm_edge.people.formats import NobodyError, from_coco, from_mediapipe, from_openpose, write_pose
+from rpfm_edge.people.pose import fit_pose
 
 SIZE = (64, 48)
 FRAME = (200, 100)  # of the .pose files

@@ -16,14 +16,14 @@ import cv2
 import numpy as np
 import pytest
 
-from rpfm_edge.image import load_image
+from rpfm_edge.bundle.pipeline import Pipeline
 from rpfm_edge.live.access import Access
 from rpfm_edge.live.clients import Limits
 from rpfm_edge.live.server import STATIC
 from rpfm_edge.live.sources import replay
-from rpfm_edge.metrics import psnr_db
-from rpfm_edge.pipeline import Pipeline
-from rpfm_edge.pose import BONES, KEYPOINTS, check_pose, draw_skeleton
+from rpfm_edge.measure.metrics import psnr_db
+from rpfm_edge.people.image import load_image
+from rpfm_edge.people.pose import BONES, KEYPOINTS, check_pose, draw_skeleton
 from tests.live.chrome import Page
 from tests.live.pages import FIRST, SECOND, service
 from tests.live.test_client import STAND

@@ -1,3 +1,5 @@
+"""TODO."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -5,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rpfm_edge.errors import ConfigError
+from rpfm_edge.core.errors import ConfigError
 from rpfm_edge.live.policy import LATE_FRAMES, ROOM_FRAMES, Level, Smoother, StillFilter, next_level
 
 STEPS = (4, 2, 1)

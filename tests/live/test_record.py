@@ -1,3 +1,5 @@
+"""TODO."""
+
 from __future__ import annotations
 
 import sys
@@ -7,12 +9,12 @@ import cv2
 import numpy as np
 import pytest
 
-from rpfm_edge.errors import BackendError, ConfigError, RpfmError
+from rpfm_edge.core.errors import BackendError, ConfigError, RpfmError
 from rpfm_edge.live import record
 from rpfm_edge.live.messages import Pose
 from rpfm_edge.live.record import Recorder
 from rpfm_edge.live.session import Frame
-from rpfm_edge.metrics import psnr_db
+from rpfm_edge.measure.metrics import psnr_db
 
 SIZE = (64, 48)
 

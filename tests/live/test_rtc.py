@@ -16,9 +16,9 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 
 from rpfm_edge import Pipeline
-from rpfm_edge.errors import BackendError
+from rpfm_edge.core.errors import BackendError
 from rpfm_edge.live import messages
-from rpfm_edge.metrics import psnr_db
+from rpfm_edge.measure.metrics import psnr_db
 from tests.live.driver import driver
 
 aiortc = pytest.importorskip("aiortc", reason="needs aiortc: pip install 'rpfm-edge[webrtc]'")

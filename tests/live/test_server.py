@@ -1,3 +1,5 @@
+"""TODO."""
+
 from __future__ import annotations
 
 import http.client
@@ -5,7 +7,6 @@ import json
 import socket
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from rpfm_edge import Pipeline
-from rpfm_edge.errors import BackendError
-from rpfm_edge.image import decode_image
+from rpfm_edge.core.errors import BackendError
 from rpfm_edge.live import server
 from rpfm_edge.live.access import Access
 from rpfm_edge.live.clients import REMEMBERED, TEXTS, Bucket, Client, Limits
@@ -29,7 +29,8 @@ from rpfm_edge.live.messages import MAX_BYTES, Pose
 from rpfm_edge.live.server import Place, listen_at
 from rpfm_edge.live.session import Frame, Options
 from rpfm_edge.live.sources import replay
-from rpfm_edge.metrics import psnr_db
+from rpfm_edge.measure.metrics import psnr_db
+from rpfm_edge.people.image import decode_image
 from tests.live.driver import Driver, driver
 
 TOKEN = "a-token-of-two-dozen-chars"

@@ -1,3 +1,5 @@
+"""TODO."""
+
 from __future__ import annotations
 
 import itertools
@@ -11,8 +13,8 @@ import numpy as np
 import pytest
 
 from rpfm_edge import Pipeline, api
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.errors import ConfigError, InputError
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import ConfigError, InputError
 from rpfm_edge.live.messages import Pose
 from rpfm_edge.live.policy import LATE_FRAMES, Smoother
 from rpfm_edge.live.session import Frame, Options, Renderer, now_ms

@@ -1,3 +1,5 @@
+"""TODO."""
+
 from __future__ import annotations
 
 import itertools
@@ -11,11 +13,11 @@ import cv2
 import numpy as np
 import pytest
 
-from rpfm_edge import keypoints
-from rpfm_edge.errors import BackendError, ConfigError, InputError
+from rpfm_edge.core.errors import BackendError, ConfigError, InputError
 from rpfm_edge.live import sources
 from rpfm_edge.live.messages import Pose
 from rpfm_edge.live.sources import Feed, check_fps, replay, watch
+from rpfm_edge.measure import joints as keypoints
 
 SIZE = (64, 48)
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from quantize import apply, calibrate
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.data import Split, open_split, sample_root
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.people.data import Split, sample_root
+from rpfm_edge.people.deepfashion import open_split
 
 
 @pytest.fixture(scope="session")

@@ -15,18 +15,18 @@ from quantize.execute import Graph
 from quantize.float16 import to_float16
 from quantize.layers import PRODUCTS, fixed_products, load, map_products, neighbours, plan
 from quantize.mixed import Assignment
-from quantize.plan import default_units
+from quantize.order import default_units
 from quantize.ranges import observe
 from quantize.study import StudyConfig, allowed
 from quantize.typed import to_typed
 from quantize.units import units
 from quantize.weight_only import to_weight_only
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.data import Split
-from rpfm_edge.errors import ConfigError
-from rpfm_edge.metrics import psnr_db
-from rpfm_edge.signature import Feeds
-from rpfm_edge.source_map import exact_nodes, map_nodes, place_nodes
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import ConfigError
+from rpfm_edge.core.signature import Feeds
+from rpfm_edge.core.source_map import exact_nodes, map_nodes, place_nodes
+from rpfm_edge.measure.metrics import psnr_db
+from rpfm_edge.people.data import Split
 from tests.conftest import TINY_SIZE, TINY_STEPS
 from tests.quantize.test_layers import modules
 

@@ -15,10 +15,11 @@ import runtimes
 from quantize import apply, calibrate
 from quantize.execute import Graph
 from quantize.int8 import Int8Config
-from rpfm_edge import artifact
-from rpfm_edge.artifact import Artifact, file_digest
-from rpfm_edge.errors import ArtifactError, BackendError, ConfigError, ParityError
-from rpfm_edge.metrics import psnr_db
+from rpfm_edge.core import artifact
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import ArtifactError, BackendError, ConfigError, ParityError
+from rpfm_edge.core.files import file_digest
+from rpfm_edge.measure.metrics import psnr_db
 
 
 @pytest.fixture(scope="module")

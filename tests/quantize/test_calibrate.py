@@ -14,11 +14,12 @@ from onnx import numpy_helper
 
 from distill.export import reference
 from quantize import calibrate
-from rpfm_edge import artifact
-from rpfm_edge.artifact import Artifact, file_digest
-from rpfm_edge.data import Split
-from rpfm_edge.errors import ArtifactError, ConfigError, InputError, SignatureError
-from rpfm_edge.pose import draw_skeleton
+from rpfm_edge.core import artifact
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import ArtifactError, ConfigError, InputError, SignatureError
+from rpfm_edge.core.files import file_digest
+from rpfm_edge.people.data import Split
+from rpfm_edge.people.pose import draw_skeleton
 
 
 def test_identities_and_sources_are_spread(samples: Path, people: Split) -> None:

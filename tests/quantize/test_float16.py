@@ -9,7 +9,7 @@ from onnx import TensorProto
 
 from quantize.execute import Graph
 from quantize.float16 import FLOAT32_OPS, to_float16
-from rpfm_edge.artifact import Artifact
+from rpfm_edge.core.artifact import Artifact
 
 NAMES = ("prepare", "frame")
 

@@ -16,10 +16,10 @@ from quantize import apply, calibrate, fp8
 from quantize.execute import Graph
 from quantize.layers import constants, plan
 from quantize.typed import SMALLEST
-from rpfm_edge import artifact
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.errors import ArtifactError, ConfigError
-from rpfm_edge.metrics import psnr_db
+from rpfm_edge.core import artifact
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import ArtifactError, ConfigError
+from rpfm_edge.measure.metrics import psnr_db
 
 
 @pytest.fixture(scope="module")

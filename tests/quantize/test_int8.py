@@ -19,10 +19,10 @@ from quantize import calibrate
 from quantize.execute import Graph
 from quantize.int8 import Int8Config, to_int8
 from quantize.layers import plan
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.errors import ArtifactError, ConfigError
-from rpfm_edge.metrics import psnr_db
-from rpfm_edge.signature import Feeds
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import ArtifactError, ConfigError
+from rpfm_edge.core.signature import Feeds
+from rpfm_edge.measure.metrics import psnr_db
 
 # OpenVINO against ONNX Runtime: both round the same numbers, a few of them to the other neighbour.
 AGREEMENT_DB, AGREEMENT = 40.0, 0.01  # of images, and relative, of keys and values

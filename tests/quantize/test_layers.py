@@ -10,8 +10,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from quantize.layers import PRODUCTS, plan
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.errors import ArtifactError
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import ArtifactError
 from tests.conftest import TINY_STEPS
 
 

@@ -18,13 +18,13 @@ from quantize import apply, calibrate, methods
 from quantize.calibrate import Samples
 from quantize.int8 import OUTLIERS, Int8Config, to_int8
 from rpfm_edge import api
-from rpfm_edge.artifact import Artifact, Stage
 from rpfm_edge.cli import app
-from rpfm_edge.data import Split
-from rpfm_edge.errors import ConfigError, InputError, ParityError
-from rpfm_edge.metrics import psnr_db
-from rpfm_edge.precisions import LEAST_SAMPLES
-from rpfm_edge.recipe import load_recipe
+from rpfm_edge.core.artifact import Artifact, Stage
+from rpfm_edge.core.errors import ConfigError, InputError, ParityError
+from rpfm_edge.core.precisions import LEAST_SAMPLES
+from rpfm_edge.measure.metrics import psnr_db
+from rpfm_edge.people.data import Split
+from rpfm_edge.recipe.load import load_recipe
 
 
 @pytest.fixture(scope="module")

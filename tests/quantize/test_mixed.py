@@ -16,8 +16,8 @@ from quantize.layers import load
 from quantize.ranges import observe
 from quantize.typed import FOLDER as TYPED
 from quantize.units import units
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.metrics import psnr_db
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.measure.metrics import psnr_db
 
 Kind = Literal["signed", "unsigned"]
 

@@ -16,8 +16,8 @@ from onnx.reference.op_run import OpRun
 from quantize import apply, nvfp4
 from quantize.execute import Graph
 from quantize.layers import plan
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.errors import ArtifactError
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import ArtifactError
 
 GRID = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 

@@ -9,16 +9,10 @@ import onnx
 import pytest
 
 from quantize.layers import plan
-from quantize.plan import (
-    default_units,
-    divided_by_profile,
-    divided_by_work,
-    grid,
-    ordered,
-)
+from quantize.order import default_units, divided_by_profile, divided_by_work, grid, ordered
 from quantize.sensitivity import Effect
 from quantize.units import Unit, chosen, units
-from rpfm_edge.artifact import Artifact
+from rpfm_edge.core.artifact import Artifact
 
 
 def test_every_beginning_saves_the_most_for_its_error() -> None:

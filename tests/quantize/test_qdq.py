@@ -20,10 +20,10 @@ from quantize.layers import plan
 from quantize.qdq import channel_axis, insert
 from quantize.ranges import observe
 from quantize.units import units
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.errors import ConfigError
-from rpfm_edge.metrics import psnr_db
-from rpfm_edge.signature import Feeds
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import ConfigError
+from rpfm_edge.core.signature import Feeds
+from rpfm_edge.measure.metrics import psnr_db
 from tests.quantize.test_int8 import weights
 
 

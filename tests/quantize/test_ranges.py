@@ -13,8 +13,8 @@ from onnx import helper
 
 from quantize import calibrate
 from quantize.ranges import CENTRES, PERCENTILE, Observed, activations, observe
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.errors import ArtifactError, ConfigError
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import ArtifactError, ConfigError
 
 BIN = 1 / 64  # of an octave: how far a bin's centre is from what is in it, at most
 

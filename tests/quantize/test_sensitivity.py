@@ -17,10 +17,10 @@ from quantize.qdq import insert
 from quantize.ranges import observe
 from quantize.sensitivity import Effect, Probe, compared, sensitivity, watched
 from quantize.units import units
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.errors import ArtifactError
-from rpfm_edge.metrics import psnr_db
-from rpfm_edge.signature import Feeds
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import ArtifactError
+from rpfm_edge.core.signature import Feeds
+from rpfm_edge.measure.metrics import psnr_db
 from tests.conftest import TINY_STEPS
 
 

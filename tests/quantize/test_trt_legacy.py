@@ -1,4 +1,4 @@
-"""Graphs for TensorRT 8.6 (``runtimes.trt_legacy``): what they compute does not change.
+"""Graphs for TensorRT 8.6 (``runtimes.trt.legacy``): what they compute does not change.
 
 That 8.6 takes them needs a GPU, and is not shown. The tests are in this folder for its INT8 graphs.
 """
@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.errors import BackendError
-from runtimes import trt_legacy
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import BackendError
+from runtimes.trt import legacy
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -45,7 +45,7 @@ def test_float_weights_compute_the_same_bits(tiny_int8: Artifact, name: str) -> 
     before = onnx.load(tiny_int8.file(f"{name}.onnx"))
     after = onnx.load(tiny_int8.file(f"{name}.onnx"))
     stored = [t for t in before.graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) > 1]
-    assert trt_legacy.float_weights(after) == len(stored) > 0
+    assert legacy.float_weights(after) == len(stored) > 0
     onnx.checker.check_model(after, full_check=True)
     assert not [t for t in after.graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) > 1]
     given = feeds(tiny_int8, name)
@@ -56,7 +56,7 @@ def test_float_weights_compute_the_same_bits(tiny_int8: Artifact, name: str) -> 
 def test_gelu_spelled_out(tiny_graph: Artifact, name: str) -> None:
     before, after = (onnx.load(tiny_graph.file(f"{name}.onnx")) for _ in range(2))
     count = sum(node.op_type == "Gelu" for node in before.graph.node)
-    assert trt_legacy.spell_out_gelu(after) == count > 0
+    assert legacy.spell_out_gelu(after) == count > 0
     onnx.checker.check_model(after, full_check=True)
     assert not [node for node in after.graph.node if node.op_type == "Gelu"]
     given = feeds(tiny_graph, name)
@@ -78,13 +78,13 @@ def test_both_kinds_of_gelu(approximate: str, kind: type) -> None:
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
     given = {"x": np.linspace(-5, 5, 1001).astype(kind)}
     expected = run(model, given)
-    trt_legacy.spell_out_gelu(model)
+    legacy.spell_out_gelu(model)
     onnx.checker.check_model(model, full_check=True)
     np.testing.assert_allclose(run(model, given), expected, atol=1e-6 if kind == np.float32 else 4e-3)
 
 
 def test_a_file_is_rewritten_as_a_whole(tiny_int8: Artifact) -> None:
-    model = onnx.load_from_string(trt_legacy.legacy_bytes(tiny_int8.file("frame.onnx")))
+    model = onnx.load_from_string(legacy.legacy_bytes(tiny_int8.file("frame.onnx")))
     assert "Gelu" not in {node.op_type for node in model.graph.node}
     assert onnx.TensorProto.INT8 not in {t.data_type for t in model.graph.initializer if len(t.dims) > 1}
 
@@ -92,4 +92,4 @@ def test_a_file_is_rewritten_as_a_whole(tiny_int8: Artifact) -> None:
 def test_without_onnx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(BackendError, match=r"onnx is not installed .* run: pip install 'rpfm-edge\[tensorrt-8\]'"):
-        trt_legacy.legacy_bytes(tmp_path / "frame.onnx")
+        legacy.legacy_bytes(tmp_path / "frame.onnx")

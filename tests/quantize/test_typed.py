@@ -14,8 +14,8 @@ from quantize.execute import Graph
 from quantize.float16 import FLOAT32_OPS
 from quantize.int8 import int8_products
 from quantize.typed import SMALLEST, to_typed
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.metrics import psnr_db
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.measure.metrics import psnr_db
 from tests.quantize.test_float16 import types
 
 NAMES = ("prepare", "frame")

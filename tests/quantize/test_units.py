@@ -11,8 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from quantize.layers import PRODUCTS, load
 from quantize.units import chosen, matching, multiplications, units
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.errors import ArtifactError, ConfigError
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import ArtifactError, ConfigError
 from tests.conftest import TINY_STEPS
 
 

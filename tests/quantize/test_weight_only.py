@@ -18,13 +18,13 @@ import runtimes
 from quantize import apply, calibrate, weight_only
 from quantize.execute import Graph
 from quantize.weight_only import GROUP, Rounded, in_groups, per_channel, to_weight_only
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.bundle import build
-from rpfm_edge.errors import BackendError
-from rpfm_edge.metrics import psnr_db, sqnr_db
-from rpfm_edge.signature import Feeds
-from runtimes import trt_api
-from runtimes.trt_build import require_precision
+from rpfm_edge.chain.build import build
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import BackendError
+from rpfm_edge.core.signature import Feeds
+from rpfm_edge.measure.metrics import psnr_db, sqnr_db
+from runtimes.trt import api
+from runtimes.trt.build import require_precision
 
 NAMES = ("prepare", "frame")
 
@@ -210,7 +210,7 @@ def test_engines_hold_the_integers(compressed: Artifact, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("precision", ["int8-weights", "int4-weights"])
 def test_tensorrt_that_is_too_old(precision: str) -> None:
-    library = trt_api.Library(
+    library = api.Library(
         SimpleNamespace(DataType=SimpleNamespace(INT8=0)),
         "tensorrt",
         "8.6.1",

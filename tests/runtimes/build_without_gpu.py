@@ -78,7 +78,7 @@ def described(network: Any) -> dict[str, Any]:
 def main(graph: Path, precision: str, feeds: Path, out: Path) -> None:
     """Build both graphs as the backend does."""
     answer_for_the_driver()
-    from rpfm_edge import artifact
+    from rpfm_edge.core import artifact
     from runtimes import torch_trt
 
     torch_trt.library()

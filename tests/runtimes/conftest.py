@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rpfm_edge import artifact
-from rpfm_edge.artifact import Artifact
+from rpfm_edge.core import artifact
+from rpfm_edge.core.artifact import Artifact
 
 
 @pytest.fixture(autouse=True)

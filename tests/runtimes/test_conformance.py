@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 
 import runtimes
-from rpfm_edge.artifact import Artifact, file_digest
-from rpfm_edge.errors import ArtifactError, BackendError, ConfigError, SignatureError
-from rpfm_edge.runtime import Runtime, Session
+from rpfm_edge.chain.build import record
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import ArtifactError, BackendError, ConfigError, SignatureError
+from rpfm_edge.core.files import file_digest
+from rpfm_edge.core.runtime import Runtime, Session
 from runtimes.session import guarded
 
 ON_GPU = ("tensorrt", "torch-tensorrt")
@@ -32,7 +34,7 @@ def runtime(request: pytest.FixtureRequest) -> Runtime:
         pytest.skip(reason)
     if request.param in ON_GPU:
         try:
-            import_module("runtimes.trt_cuda").device()
+            import_module("runtimes.trt.cuda").device()
         except BackendError as error:
             pytest.skip(str(error))
     return runtimes.load(request.param)
@@ -334,9 +336,8 @@ def aligned(
 ) -> Iterator[tuple[Session, dict[str, np.ndarray], Callable[..., dict[str, np.ndarray]]]]:
     """A session of one of its graphs, feeds that show a person, and the float student in torch."""
     from distill.export import reference
-    from rpfm_edge import canary
 
-    name, known = request.param, canary.of(aligned_graph)
+    name, known = request.param, record(aligned_graph)
     assert known is not None
     runtime.build(aligned_graph, name, engine, options)
     signature = aligned_graph.signatures[name]

@@ -10,10 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rpfm_edge.errors import SignatureError
-from runtimes import dlpack, trt_cuda
-from runtimes.trt_cuda import DeviceArray
-from tests.runtimes.test_trt_session import SIGNATURE, compute, cuda, feeds, opened, resources  # noqa: F401
+from rpfm_edge.core.errors import SignatureError
+from runtimes.trt import cuda as trt_cuda
+from runtimes.trt import dlpack
+from runtimes.trt.cuda import DeviceArray
+from tests.runtimes.test_trt_session import (
+    SIGNATURE,  # noqa: F401
+    compute,
+    cuda,  # noqa: F401
+    feeds,
+    opened,
+    resources,  # noqa: F401
+)
 from tests.runtimes.trt_fake import FakeCuda, view
 
 DTYPES = ["uint8", "int32", "int64", "float16", "float32", "bool"]

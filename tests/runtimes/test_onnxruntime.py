@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.errors import ArtifactError, BackendError
-from rpfm_edge.signature import Signature, TensorSpec
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import ArtifactError, BackendError
+from rpfm_edge.core.signature import Signature, TensorSpec
 
 pytest.importorskip("onnxruntime")
 from runtimes import ort

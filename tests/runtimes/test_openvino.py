@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.cache import cache_folder
-from rpfm_edge.errors import ArtifactError, BackendError, ConfigError
-from rpfm_edge.keypoints import cached_file
-from rpfm_edge.signature import Signature, TensorSpec
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.cache import cache_folder
+from rpfm_edge.core.errors import ArtifactError, BackendError, ConfigError
+from rpfm_edge.core.signature import Signature, TensorSpec
+from rpfm_edge.measure.joints import cached_file
 
 openvino = pytest.importorskip("openvino")
 from runtimes import ov  # noqa: E402

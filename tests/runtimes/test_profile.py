@@ -15,14 +15,17 @@ import pytest
 
 import runtimes
 from quantize import apply, calibrate
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.data import open_split, sample_root
-from rpfm_edge.errors import BackendError, ConfigError, SignatureError
-from rpfm_edge.metrics import psnr_db
-from rpfm_edge.runtime import LayerTime
-from runtimes import profiling, trt_cuda, trt_profile
-from runtimes.trt_api import Library
-from runtimes.trt_run import TensorRTSession
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import BackendError, ConfigError, SignatureError
+from rpfm_edge.core.runtime import LayerTime
+from rpfm_edge.measure.metrics import psnr_db
+from rpfm_edge.people.data import sample_root
+from rpfm_edge.people.deepfashion import open_split
+from runtimes import profiling
+from runtimes.trt import cuda as trt_cuda
+from runtimes.trt import profile
+from runtimes.trt.api import Library
+from runtimes.trt.run import TensorRTSession
 from tests.runtimes.trt_fake import FakeCuda, FakeEngine
 
 onnx = pytest.importorskip("onnx")
@@ -178,7 +181,7 @@ def test_tensorrt_reports_by_its_profiler(tiny: Any, monkeypatch: pytest.MonkeyP
     with ExitStack() as resources:
         session = TensorRTSession(library, engine, tiny.SIGNATURE, resources, 1, False)
         resources.callback(session.close)
-        assert trt_profile.layer_times(library, session, tiny.feeds(0), 4) == [
+        assert profile.layer_times(library, session, tiny.feeds(0), 4) == [
             LayerTime(("/a/MatMul", "/a/Add"), "sm86_gemm", 2e-3),
             LayerTime(("/b/Conv", "/b/Relu"), "/b/Conv + PWN(/b/Relu)", 1e-3),
             LayerTime((), "Reformatting CopyNode", 5e-4),

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.errors import ArtifactError, BackendError, SignatureError
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import ArtifactError, BackendError, SignatureError
 from runtimes import torch_reference
 
 torch = pytest.importorskip("torch")

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 
 import runtimes
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.errors import ArtifactError, BackendError, ConfigError
-from rpfm_edge.metrics import psnr_db
-from rpfm_edge.signature import Signature
-from runtimes import torch_trt, trt_store
-from runtimes.trt_cuda import Device
+from rpfm_edge.chain.build import record
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import ArtifactError, BackendError, ConfigError
+from rpfm_edge.core.signature import Signature
+from rpfm_edge.measure.metrics import psnr_db
+from runtimes import torch_trt
+from runtimes.trt import store
+from runtimes.trt.cuda import Device
 
 torch = pytest.importorskip("torch")
 VARIABLE = "RPFM_EDGE_TORCH_TENSORRT_PYTHON"
@@ -88,9 +90,8 @@ def test_half_products(tiny_graph: Artifact) -> None:
 
 def test_half_products_leave_the_map_in_single_precision(aligned_graph: Artifact) -> None:
     from distill.export import modules
-    from rpfm_edge import canary
 
-    known = canary.of(aligned_graph)
+    known = record(aligned_graph)
     assert known is not None
     signature, module = aligned_graph.signatures["frame"], modules(aligned_graph.path / "student")["frame"]
     grids: list[Any] = []
@@ -213,7 +214,7 @@ def test_what_is_written_and_kept(graph: Artifact, tmp_path: Path, tiny: Any, mo
         engine = tmp_path / f"engine{len(plans)}"
         engine.mkdir()
         torch_trt.build(graph, "frame", engine, options)
-        plan, record = trt_store.read(engine)
+        plan, record = store.read(engine)
         assert (record["library"], record["version"]) == ("tensorrt", "10.3.0")
         assert record["device"]["name"] == "GPU of a test"
         plans.append(plan)

@@ -10,11 +10,16 @@ from typing import Any
 
 import pytest
 
-from rpfm_edge import artifact, bundle, canary
-from rpfm_edge.artifact import Artifact, file_digest
-from rpfm_edge.errors import ArtifactError, BackendError, ConfigError, ParityError
-from runtimes import trt, trt_api, trt_cuda
-from runtimes.trt_cuda import Device
+from rpfm_edge.chain import build
+from rpfm_edge.core import artifact
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import ArtifactError, BackendError, ConfigError, ParityError
+from rpfm_edge.core.files import file_digest
+from rpfm_edge.measure import canary
+from runtimes.trt import api as trt_api
+from runtimes.trt import backend, cuda
+from runtimes.trt import backend as trt
+from runtimes.trt.cuda import Device
 
 HERE = Device("NVIDIA RTX A4000", "8.6", "13.0")
 CROSS = {"compute_capability": "8.6"}
@@ -40,7 +45,7 @@ def no_gpu() -> None:
 )
 def test_refuses_options(graph: Artifact, engine: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        trt.build(graph, "frame", engine, options)
+        backend.build(graph, "frame", engine, options)
     assert not list(engine.iterdir())
 
 
@@ -48,59 +53,59 @@ def test_without_a_gpu(graph: Artifact, engine: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     no_gpu()
     with pytest.raises(BackendError, match=r"no NVIDIA GPU can be used .* run on the device, update its driver"):
-        trt.build(graph, "frame", engine, {})
+        backend.build(graph, "frame", engine, {})
     assert not list(engine.iterdir())
 
 
 def test_without_cuda_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "cuda.bindings.runtime", None)
     with pytest.raises(BackendError, match=r"cuda is not installed .* run: pip install 'rpfm-edge\[tensorrt\]'"):
-        trt_cuda.device()
+        cuda.device()
 
 
 def test_the_typed_graph_goes_first(make_graph: Any) -> None:
     graph: Artifact = make_graph()
     library = trt_api.Library(None, "tensorrt", "10.3.0", True, (), (), True, True, {}, (), False)
     old = trt_api.Library(None, "tensorrt", "8.6.0", True, (), ("FP16",), False, True, {}, (), False)
-    assert trt.graph_file(graph, "frame", library) == graph.path / "frame.onnx"
+    assert backend.graph_file(graph, "frame", library) == graph.path / "frame.onnx"
     typed = Artifact(graph.path, "graph", {}, {}, {**graph.files, "typed/frame.onnx": ""}, ())
-    assert trt.graph_file(typed, "frame", library) == graph.path / "typed" / "frame.onnx"
-    assert trt.graph_file(typed, "frame", old) == graph.path / "frame.onnx"
+    assert backend.graph_file(typed, "frame", library) == graph.path / "typed" / "frame.onnx"
+    assert backend.graph_file(typed, "frame", old) == graph.path / "frame.onnx"
 
 
 def test_external_weights_are_part_of_the_key(tiny_graph: Artifact) -> None:
     file = tiny_graph.file("frame.onnx")
     files = [{**tiny_graph.files, "frame.onnx.data": sha} for sha in ("0" * 64, "1" * 64)]
-    keys = {trt.graph_digest(replace(tiny_graph, files=one), file) for one in (tiny_graph.files, *files)}
+    keys = {backend.graph_digest(replace(tiny_graph, files=one), file) for one in (tiny_graph.files, *files)}
     assert len(keys) == 3
 
 
 def test_builds_for_another_gpu(graph: Artifact, engine: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx")
-    trt.build(graph, "frame", engine, CROSS)
+    backend.build(graph, "frame", engine, CROSS)
     made = json.loads((engine / "plan.json").read_text())
     assert {file.name for file in engine.iterdir()} == {"model.plan", "plan.json"}
-    assert made["graph"] == trt.graph_digest(graph, graph.file("frame.onnx"))
+    assert made["graph"] == backend.graph_digest(graph, graph.file("frame.onnx"))
     assert made["plan"] == file_digest(engine / "model.plan")
     assert (made["device"], made["targets"]) == (None, ["8.6"])
     monkeypatch.setattr(trt, "device", lambda: Device("Orin", "8.7", "12.6"))
     with (
         pytest.raises(BackendError, match=r"was built for compute capability \['8\.6'\].* build it on this device"),
-        trt.open(engine, tiny.SIGNATURE, CROSS),
+        backend.open(engine, tiny.SIGNATURE, CROSS),
     ):
         pass
 
 
 def test_takes_a_plan_from_the_cache(graph: Artifact, engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx")
-    trt.build(graph, "frame", engine, CROSS)
+    backend.build(graph, "frame", engine, CROSS)
     first = (engine / "model.plan").read_bytes()
     built: list[Any] = []
     monkeypatch.setattr(trt, "build_plan", lambda *arguments: built.append(arguments) or b"another")
-    trt.build(graph, "frame", engine, CROSS | {"cuda_graph": False, "identities": 2})
+    backend.build(graph, "frame", engine, CROSS | {"cuda_graph": False, "identities": 2})
     assert (engine / "model.plan").read_bytes() == first
     assert not built
-    trt.build(graph, "frame", engine, CROSS | {"optimization_level": 2})
+    backend.build(graph, "frame", engine, CROSS | {"optimization_level": 2})
     assert len(built) == 1
 
 
@@ -121,7 +126,7 @@ def test_an_engine_is_compared_before_it_is_kept(
     """The GPU and its engine are stood in for; it is shown that a wrong answer ends the build and is not cached."""
     pytest.importorskip("tensorrt_rtx")
     pytest.importorskip("onnxruntime")
-    known = canary.record(graph)
+    known = build.record(graph)
     assert known is not None
     answer = {spec.name: known[spec.name].astype(spec.dtype) for spec in graph.signatures["frame"].outputs}
     if not right:
@@ -135,13 +140,13 @@ def test_an_engine_is_compared_before_it_is_kept(
     monkeypatch.setattr(trt, "build_plan", lambda *arguments: b"plan")
     monkeypatch.setattr(trt, "open", open)
     if right:
-        trt.build(graph, "frame", engine, {})
+        backend.build(graph, "frame", engine, {})
     else:
         message = (
             r"tensorrt_rtx \S+ computes tokens of graph frame wrongly, -6\.0 dB from ONNX Runtime: expected at least"
         )
         with pytest.raises(ParityError, match=message):
-            trt.build(graph, "frame", engine, {})
+            backend.build(graph, "frame", engine, {})
     assert bool(list((tmp_path / "cache").rglob("*.plan"))) is right
 
 
@@ -152,7 +157,7 @@ def test_says_when_nothing_was_compared(
     monkeypatch.setattr(trt, "device", lambda: HERE)
     monkeypatch.setattr(trt, "build_plan", lambda *arguments: b"plan")
     monkeypatch.setattr(canary, "record", lambda graph: None)
-    trt.build(graph, "frame", engine, {})
+    backend.build(graph, "frame", engine, {})
     assert "engine frame was not compared, because the bundle has no canary" in capsys.readouterr().err
 
 
@@ -162,7 +167,7 @@ def test_the_canary_is_recorded_once_for_all_graphs(
     """Engine and comparison are stood in for; what is counted is real."""
     pytest.importorskip("tensorrt_rtx")
     pytest.importorskip("onnxruntime")
-    recorded, compared, record = [], [], canary._record
+    recorded, compared, record = [], [], build._record
 
     @contextmanager
     def open(*arguments: Any) -> Any:
@@ -173,7 +178,7 @@ def test_the_canary_is_recorded_once_for_all_graphs(
     monkeypatch.setattr(trt, "open", open)
     monkeypatch.setattr(canary, "_record", lambda graph: recorded.append(graph) or record(graph))
     monkeypatch.setattr(canary, "check", lambda graph, name, *rest: compared.append(name))
-    bundle.build(tiny_graph.path, tmp_path / "bundle", ["tensorrt"])
+    build.build(tiny_graph.path, tmp_path / "bundle", ["tensorrt"])
     assert (len(recorded), compared) == (1, ["prepare", "frame"])
 
 
@@ -194,7 +199,7 @@ def elsewhere(graph: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(trt, "_deserialize", load)
     monkeypatch.setattr(trt, "device", lambda: replace(HERE, capability="8.9"))
     monkeypatch.setattr(trt, "build_plan", lambda *arguments: b"old plan")
-    made = bundle.build(graph.path, tmp_path / "bundle", ["tensorrt"])
+    made = build.build(graph.path, tmp_path / "bundle", ["tensorrt"])
     monkeypatch.setattr(trt, "device", lambda: HERE)
     monkeypatch.setattr(trt, "build_plan", lambda *arguments: log.append("built") or b"new plan")
     log.clear()
@@ -207,7 +212,7 @@ def test_an_engine_that_does_not_fit_is_built_again_in_the_cache(
     engine, log = elsewhere
     before = artifact.load(tmp_path / "bundle", "bundle")
     for expected in (["built", "compared frame", "new plan"], ["new plan"]):
-        with pytest.raises(InterruptedError), trt.open(engine, tiny.SIGNATURE, {}):
+        with pytest.raises(InterruptedError), backend.open(engine, tiny.SIGNATURE, {}):
             pass
         assert log == expected
         log.clear()
@@ -222,28 +227,28 @@ def test_an_engine_that_does_not_fit_is_refused_where_nothing_can_or_may_build(
 ) -> None:
     engine, log = elsewhere
     message = r"model\.plan was built for .* build it on this device: rpfm-edge build \S+bundle --target tensorrt"
-    with pytest.raises(BackendError, match=message), trt.open(engine, tiny.SIGNATURE, {"rebuild": False}):
+    with pytest.raises(BackendError, match=message), backend.open(engine, tiny.SIGNATURE, {"rebuild": False}):
         pass
     runs_only = replace(trt_api.load(), builds=False)
     monkeypatch.setattr(trt, "load_library", lambda name: runs_only)
-    with pytest.raises(BackendError, match=message), trt.open(engine, tiny.SIGNATURE, {}):
+    with pytest.raises(BackendError, match=message), backend.open(engine, tiny.SIGNATURE, {}):
         pass
     assert not log
 
 
 def test_versions_are_of_the_library_that_the_options_name() -> None:
     library = pytest.importorskip("tensorrt_rtx")
-    assert trt.versions({"library": "tensorrt_rtx"}) == {"tensorrt_rtx": library.__version__}
+    assert backend.versions({"library": "tensorrt_rtx"}) == {"tensorrt_rtx": library.__version__}
     with pytest.raises(BackendError, match="TensorRT is not installed: expected the package tensorrt_dispatch"):
-        trt.versions({"library": "tensorrt_dispatch"})
+        backend.versions({"library": "tensorrt_dispatch"})
 
 
 def test_a_plan_that_the_library_refuses(graph: Artifact, engine: Path, tiny: Any, monkeypatch: Any) -> None:
     """Without a driver no plan can be loaded, which is how a plan that does not fit after all would look."""
     pytest.importorskip("tensorrt_rtx")
     no_gpu()
-    trt.build(graph, "frame", engine, CROSS)
+    backend.build(graph, "frame", engine, CROSS)
     monkeypatch.setattr(trt, "device", lambda: HERE)
     message = r"cannot load \S+model\.plan: .* rpfm-edge build BUNDLE --target tensorrt --out BUNDLE\.$"
-    with pytest.raises(ArtifactError, match=message), trt.open(engine, tiny.SIGNATURE, CROSS):
+    with pytest.raises(ArtifactError, match=message), backend.open(engine, tiny.SIGNATURE, CROSS):
         pass

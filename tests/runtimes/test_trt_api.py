@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from rpfm_edge.errors import BackendError
-from runtimes import trt_api
+from rpfm_edge.core.errors import BackendError
+from runtimes.trt import api
+from runtimes.trt import api as trt_api
 
 
 def enumeration(*names: str) -> Any:
@@ -35,7 +36,7 @@ V11 = module("11.0.0", (), ("REFIT", "TF32"))
     ids=["8.6", "10.3", "11.0"],
 )
 def test_the_table(version: Any, network_flags: tuple[str, ...], by_flags: bool) -> None:
-    library = trt_api.describe(version)
+    library = api.describe(version)
     assert library.network_flags == network_flags
     assert library.precision_flags == (("FP16", "INT8", "PREFER_PRECISION_CONSTRAINTS") if by_flags else ())
     assert library.parses_opset_20 is not by_flags
@@ -48,7 +49,7 @@ def test_the_table(version: Any, network_flags: tuple[str, ...], by_flags: bool)
 
 def test_tensorrt_for_rtx() -> None:
     pytest.importorskip("tensorrt_rtx")
-    library = trt_api.load("tensorrt_rtx")
+    library = api.load("tensorrt_rtx")
     assert (library.name, library.network_flags, library.precision_flags) == ("tensorrt_rtx", ("STRONGLY_TYPED",), ())
     assert library.builds
     assert library.portable
@@ -65,7 +66,7 @@ def test_a_runtime_without_a_builder(monkeypatch: pytest.MonkeyPatch) -> None:
         IExecutionContext=V10.IExecutionContext,
         DataType=V10.DataType,
     )
-    assert not trt_api.describe(lean).builds
+    assert not api.describe(lean).builds
 
 
 def found(monkeypatch: pytest.MonkeyPatch, **modules: Any) -> None:
@@ -83,25 +84,25 @@ def found(monkeypatch: pytest.MonkeyPatch, **modules: Any) -> None:
 def test_the_full_library_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     rtx = SimpleNamespace(**vars(V11) | {"__name__": "tensorrt_rtx"})
     found(monkeypatch, tensorrt_rtx=rtx, tensorrt=V10)
-    assert trt_api.load().name == "tensorrt"
-    assert trt_api.load("tensorrt_rtx").name == "tensorrt_rtx"
+    assert api.load().name == "tensorrt"
+    assert api.load("tensorrt_rtx").name == "tensorrt_rtx"
 
 
 @pytest.mark.parametrize(("name", "wanted"), [("auto", "tensorrt or tensorrt_rtx"), ("tensorrt_lean", "tensorrt_lean")])
 def test_not_installed(monkeypatch: pytest.MonkeyPatch, name: str, wanted: str) -> None:
     found(monkeypatch)
     with pytest.raises(BackendError, match=f"TensorRT is not installed: expected the package {wanted}; install one"):
-        trt_api.load(name)
+        api.load(name)
 
 
 def test_a_library_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     found(monkeypatch, tensorrt=ImportError("libcudart.so.13: cannot open shared object file"))
     with pytest.raises(BackendError, match=r"tensorrt cannot be imported \(libcudart\.so\.13: cannot open"):
-        trt_api.load()
+        api.load()
 
 
 def test_a_library_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     old = SimpleNamespace(__name__="tensorrt", __version__="8.2.1", IExecutionContext=SimpleNamespace())
     found(monkeypatch, tensorrt=old)
     with pytest.raises(BackendError, match=r"tensorrt 8\.2\.1 is too old: expected TensorRT 8\.6 or later; update it"):
-        trt_api.load()
+        api.load()

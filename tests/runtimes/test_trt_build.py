@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.errors import BackendError, ConfigError
-from runtimes import trt_api, trt_build
-from runtimes.trt_build import MIB, Settings, build_plan, parser_cause
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import BackendError, ConfigError
+from runtimes.trt import api, build
+from runtimes.trt import build as trt_build
+from runtimes.trt.build import MIB, Settings, build_plan, parser_cause
 
 trt = pytest.importorskip("tensorrt_rtx", reason="run: pip install 'rpfm-edge[tensorrt-rtx]'")
 onnx = pytest.importorskip("onnx")
@@ -23,8 +24,8 @@ AMPERE = Settings(targets=("8.6",))
 
 
 @pytest.fixture(scope="module")
-def library() -> trt_api.Library:
-    return trt_api.load("tensorrt_rtx")
+def library() -> api.Library:
+    return api.load("tensorrt_rtx")
 
 
 def write_graph(path: Path, *nodes: tuple[str, str, str], kind: int = 1) -> Path:
@@ -52,12 +53,13 @@ def write_map(path: Path) -> Path:
 
 
 def test_builds_a_graph_that_aligns_in_every_precision(
-    aligned_graph: Artifact, library: trt_api.Library, tmp_path: Path
+    aligned_graph: Artifact, library: api.Library, tmp_path: Path
 ) -> None:
     pytest.importorskip("nncf")
     from quantize import apply, calibrate
-    from rpfm_edge.data import open_split, sample_root
-    from runtimes.trt import graph_file
+    from rpfm_edge.people.data import sample_root
+    from rpfm_edge.people.deepfashion import open_split
+    from runtimes.trt.backend import graph_file
     from tests.runtimes import trt_log
 
     samples = calibrate.record(aligned_graph, open_split(sample_root(), "test"), tmp_path / "samples", 8)
@@ -70,14 +72,14 @@ def test_builds_a_graph_that_aligns_in_every_precision(
             assert trt_log.int8_products(log) == graph.config.get("int8_layers", {}).get(name, {})
 
 
-def test_builds_and_lists_the_layers(graph: Artifact, library: trt_api.Library) -> None:
+def test_builds_and_lists_the_layers(graph: Artifact, library: api.Library) -> None:
     log: list[str] = []
     plan = build_plan(library, graph.file("frame.onnx"), AMPERE, log=log.append)
     assert len(plan) > 1000
     assert any("LayerType: " in line and "Datatype: UInt8" in line for line in log)
 
 
-def test_weights_beside_the_graph(make_graph: Any, library: trt_api.Library) -> None:
+def test_weights_beside_the_graph(make_graph: Any, library: api.Library) -> None:
     graph = make_graph(external=True)
     assert build_plan(library, graph.file("frame.onnx"), AMPERE)
     (graph.path / "frame.onnx.data").unlink()
@@ -85,7 +87,7 @@ def test_weights_beside_the_graph(make_graph: Any, library: trt_api.Library) -> 
         build_plan(library, graph.file("frame.onnx"), AMPERE)
 
 
-def test_a_node_that_is_refused(tmp_path: Path, library: trt_api.Library) -> None:
+def test_a_node_that_is_refused(tmp_path: Path, library: api.Library) -> None:
     """uint8 may enter and leave, but is not computed with."""
     file = write_graph(tmp_path / "frame.onnx", ("Transpose", "x", "y"), kind=onnx.TensorProto.UINT8)
     message = (
@@ -97,7 +99,7 @@ def test_a_node_that_is_refused(tmp_path: Path, library: trt_api.Library) -> Non
 
 
 @pytest.mark.parametrize("content", [b"", b"\x08nothing", None])
-def test_an_onnx_file_that_is_none(tmp_path: Path, library: trt_api.Library, content: bytes | None) -> None:
+def test_an_onnx_file_that_is_none(tmp_path: Path, library: api.Library, content: bytes | None) -> None:
     file = tmp_path / "frame.onnx"
     if content is not None:
         file.write_bytes(content)
@@ -112,18 +114,18 @@ def test_the_cause_as_old_parsers_give_it() -> None:
     assert parser_cause(SimpleNamespace(num_errors=0)) == "it has no outputs"
 
 
-def test_settings_reach_the_builder(library: trt_api.Library) -> None:
+def test_settings_reach_the_builder(library: api.Library) -> None:
     logger = trt.Logger()  # the builder does not keep it
     builder = trt.Builder(logger)
     settings = replace(AMPERE, workspace_mib=64, optimization_level=1)
-    config = trt_build._config(library, builder, settings, detailed=True)
+    config = build._config(library, builder, settings, detailed=True)
     assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 64 * MIB
     assert config.builder_optimization_level == 1
     assert config.profiling_verbosity == trt.ProfilingVerbosity.DETAILED
     assert not config.get_flag(trt.BuilderFlag.TF32)
     assert not config.get_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     assert config.get_compute_capability(0) == trt.ComputeCapability.SM86
-    config = trt_build._config(library, builder, replace(AMPERE, version_compatible=True), detailed=False)
+    config = build._config(library, builder, replace(AMPERE, version_compatible=True), detailed=False)
     assert config.get_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
 
 
@@ -136,7 +138,7 @@ def test_settings_reach_the_builder(library: trt_api.Library) -> None:
     ],
 )
 def test_flags_where_types_are_not_strong(
-    library: trt_api.Library, kinds: tuple[str, ...], half: bool, expected: list[str], tmp_path: Path
+    library: api.Library, kinds: tuple[str, ...], half: bool, expected: list[str], tmp_path: Path
 ) -> None:
     """As on 8.6: what the graph has is allowed, and norms, softmax and the source's map are told to stay in FP32."""
     graph = write_map(tmp_path / "frame.onnx")
@@ -152,23 +154,23 @@ def test_flags_where_types_are_not_strong(
     network = SimpleNamespace(num_layers=len(layers), get_layer=layers.__getitem__)
     flags: list[str] = []
     old = replace(library, module=module, precision_flags=names)
-    trt_build._allow_precisions(old, network, SimpleNamespace(set_flag=flags.append), graph)
+    build._allow_precisions(old, network, SimpleNamespace(set_flag=flags.append), graph)
     assert flags == expected
     told = [getattr(layer, "precision", None) for layer in layers]
     assert told == [None] * len(kinds) + ["float32"] * 2 + ["float32" if expected else None]
 
 
-def test_hardware_compatibility_where_the_library_has_it(library: trt_api.Library) -> None:
+def test_hardware_compatibility_where_the_library_has_it(library: api.Library) -> None:
     level = SimpleNamespace(AMPERE_PLUS="ampere and later")
     config = SimpleNamespace()
     builder = SimpleNamespace(create_builder_config=lambda: config)
     module = SimpleNamespace(BuilderFlag=SimpleNamespace(), HardwareCompatibilityLevel=level)
     full = replace(library, module=module, targets={}, hardware_levels=("ampere_plus",))
-    trt_build._config(full, builder, Settings(hardware_compatible="ampere_plus"), detailed=False)
+    build._config(full, builder, Settings(hardware_compatible="ampere_plus"), detailed=False)
     assert config.hardware_compatibility_level == "ampere and later"
 
 
-def test_a_library_that_does_not_start(graph: Artifact, library: trt_api.Library) -> None:
+def test_a_library_that_does_not_start(graph: Artifact, library: api.Library) -> None:
     """As 8.6 and 10 do without a GPU."""
 
     def builder(logger: Any) -> None:
@@ -180,31 +182,31 @@ def test_a_library_that_does_not_start(graph: Artifact, library: trt_api.Library
 
 
 @pytest.mark.parametrize("targets", [("8.7",), ("8.6", "9.0")])
-def test_a_gpu_that_cannot_be_built_for(graph: Artifact, library: trt_api.Library, targets: tuple[str, ...]) -> None:
+def test_a_gpu_that_cannot_be_built_for(graph: Artifact, library: api.Library, targets: tuple[str, ...]) -> None:
     message = rf"cannot build for compute capability {targets[-1]} from elsewhere: expected one of \['7\.5', .*'8\.6'"
     with pytest.raises(ConfigError, match=message):
         build_plan(library, graph.file("frame.onnx"), Settings(targets=targets))
 
 
-def test_a_library_that_only_builds_where_it_runs(graph: Artifact, library: trt_api.Library) -> None:
+def test_a_library_that_only_builds_where_it_runs(graph: Artifact, library: api.Library) -> None:
     full = replace(library, targets={})
     with pytest.raises(ConfigError, match="expected no compute_capability; build on the device itself"):
         build_plan(full, graph.file("frame.onnx"), AMPERE)
 
 
-def test_a_library_without_a_builder(graph: Artifact, library: trt_api.Library) -> None:
+def test_a_library_without_a_builder(graph: Artifact, library: api.Library) -> None:
     lean = replace(library, name="tensorrt_lean", builds=False)
     with pytest.raises(BackendError, match="tensorrt_lean only runs engines: expected tensorrt or tensorrt_rtx"):
         build_plan(lean, graph.file("frame.onnx"), AMPERE)
 
 
-def test_a_compatibility_that_the_library_lacks(graph: Artifact, library: trt_api.Library) -> None:
+def test_a_compatibility_that_the_library_lacks(graph: Artifact, library: api.Library) -> None:
     settings = replace(AMPERE, hardware_compatible="ampere_plus")
     with pytest.raises(ConfigError, match=r"has no hardware compatibility ampere_plus: expected one of \['no'\]"):
         build_plan(library, graph.file("frame.onnx"), settings)
 
 
-def test_a_build_that_fails(graph: Artifact, library: trt_api.Library, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_that_fails(graph: Artifact, library: api.Library, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trt.Builder, "build_serialized_network", lambda *arguments: None)
     message = (
         r"cannot build \S+frame\.onnx \(no reason given\): .* enough memory; close other programs, lower workspace"
@@ -221,7 +223,7 @@ def watched(monkeypatch: pytest.MonkeyPatch, advance: Any) -> None:
     monkeypatch.setattr(trt_build, "progress", progress)
 
 
-def test_progress(graph: Artifact, library: trt_api.Library, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress(graph: Artifact, library: api.Library, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[float] = []
     watched(monkeypatch, lambda done, note="": seen.append(done))
     build_plan(library, graph.file("frame.onnx"), AMPERE)
@@ -230,9 +232,7 @@ def test_progress(graph: Artifact, library: trt_api.Library, monkeypatch: pytest
     assert seen[-1] == 1
 
 
-def test_an_interrupt_ends_the_build(
-    graph: Artifact, library: trt_api.Library, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_ends_the_build(graph: Artifact, library: api.Library, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = 0
 
     def interrupt(done: float, note: str = "") -> None:
@@ -246,7 +246,7 @@ def test_an_interrupt_ends_the_build(
     assert steps == 1
 
 
-def test_a_damaged_timing_cache_starts_anew(tmp_path: Path, library: trt_api.Library) -> None:
+def test_a_damaged_timing_cache_starts_anew(tmp_path: Path, library: api.Library) -> None:
     given: list[bytes] = []
 
     def create(content: bytes) -> str | None:
@@ -255,8 +255,8 @@ def test_a_damaged_timing_cache_starts_anew(tmp_path: Path, library: trt_api.Lib
 
     config = SimpleNamespace(create_timing_cache=create, set_timing_cache=lambda cache, ignore_mismatch: None)
     full, file = replace(library, times_tactics=True), tmp_path / "timing"
-    assert trt_build._timing_cache(full, config, file) == "cache"
+    assert build._timing_cache(full, config, file) == "cache"
     file.write_bytes(b"damaged")
-    assert trt_build._timing_cache(full, config, file) == "cache"
+    assert build._timing_cache(full, config, file) == "cache"
     assert given == [b"", b"", b"damaged", b""] or given == [b"", b"damaged", b""]
-    assert trt_build._timing_cache(library, config, file) is None
+    assert build._timing_cache(library, config, file) is None

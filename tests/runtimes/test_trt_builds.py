@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from rpfm_edge import artifact, assets, precisions
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.data import open_split, sample_root
-from runtimes import trt, trt_api
-from runtimes.trt_build import Settings, build_plan
+from rpfm_edge.core import artifact, precisions, shipped
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.people.data import sample_root
+from rpfm_edge.people.deepfashion import open_split
+from runtimes.trt import api, backend
+from runtimes.trt.build import Settings, build_plan
 from tests.runtimes import trt_log
 
 pytest.importorskip("tensorrt_rtx", reason="run: pip install 'rpfm-edge[tensorrt-rtx]'")
@@ -28,8 +29,8 @@ TARGETS = ("8.6", "8.9", "12.0")  # Ampere, Ada and Blackwell; Orin's 8.7 is non
 
 
 @pytest.fixture(scope="module")
-def library() -> trt_api.Library:
-    return trt_api.load("tensorrt_rtx")
+def library() -> api.Library:
+    return api.load("tensorrt_rtx")
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +58,8 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Art
 
 def student(preset: str, out: Path) -> Path:
     """The shipped student, or one of that preset with random weights in every layer: "aligned-xs" wants keypoints."""
-    if f"student:{preset}" in assets.shipped():
-        return assets.resolve(f"student:{preset}")
+    if f"student:{preset}" in shipped.shipped():
+        return shipped.resolve(f"student:{preset}")
     import torch
 
     from distill.aligned import create_network
@@ -92,10 +93,10 @@ def graph(request: pytest.FixtureRequest, preset: str, graphs: Callable[[str, st
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", ["prepare", "frame"])
 def test_builds_with_int8_kernels_and_fused_attention(
-    graph: Artifact, preset: str, name: str, target: str, library: trt_api.Library
+    graph: Artifact, preset: str, name: str, target: str, library: api.Library
 ) -> None:
     log: list[str] = []
-    file = trt.graph_file(graph, name, library)
+    file = backend.graph_file(graph, name, library)
     begun = time.monotonic()
     plan = build_plan(library, file, Settings(targets=(target,)), log=log.append)
     wanted = graph.config.get("int8_layers", {}).get(name, {})
@@ -111,7 +112,7 @@ def test_builds_with_int8_kernels_and_fused_attention(
 
 @pytest.mark.parametrize("name", ["prepare", "frame"])
 def test_builds_a_float_graph_that_aligns(
-    graphs: Callable[[str, str], Artifact], name: str, library: trt_api.Library
+    graphs: Callable[[str, str], Artifact], name: str, library: api.Library
 ) -> None:
     assert build_plan(library, graphs("aligned-xs", "fp32").file(f"{name}.onnx"), Settings(targets=("8.6",)))
 
@@ -139,9 +140,9 @@ def mixed(graphs: Callable[[str, str], Artifact], tmp_path_factory: pytest.TempP
 
 
 @pytest.mark.parametrize("name", ["prepare", "frame"])
-def test_builds_a_mix_of_int8_and_fp16(mixed: Artifact, name: str, library: trt_api.Library) -> None:
+def test_builds_a_mix_of_int8_and_fp16(mixed: Artifact, name: str, library: api.Library) -> None:
     log: list[str] = []
-    build_plan(library, trt.graph_file(mixed, name, library), Settings(targets=("8.6",)), log=log.append)
+    build_plan(library, backend.graph_file(mixed, name, library), Settings(targets=("8.6",)), log=log.append)
     assert sum(mixed.config["int8_layers"][name].values()) > 3
     assert trt_log.int8_products(log) == mixed.config["int8_layers"][name]
 
@@ -149,11 +150,11 @@ def test_builds_a_mix_of_int8_and_fp16(mixed: Artifact, name: str, library: trt_
 @pytest.mark.parametrize("name", ["prepare", "frame"])
 @pytest.mark.parametrize(("precision", "target"), [("fp8", "8.9"), ("fp8", "12.0"), ("nvfp4", "12.0")])
 def test_builds_with_fp8_and_fp4_kernels(
-    graphs: Callable[[str, str], Artifact], precision: str, target: str, name: str, library: trt_api.Library
+    graphs: Callable[[str, str], Artifact], precision: str, target: str, name: str, library: api.Library
 ) -> None:
     log: list[str] = []
     graph = graphs("xs", precision)
-    plan = build_plan(library, trt.graph_file(graph, name, library), Settings(targets=(target,)), log=log.append)
+    plan = build_plan(library, backend.graph_file(graph, name, library), Settings(targets=(target,)), log=log.append)
     wanted = {kind: graph.config.get(f"{kind}_layers", {}).get(name, {}) for kind in ("fp8", "nvfp4")}
     found = {"fp8": trt_log.products(log, "FP8"), "nvfp4": trt_log.products(log, "FP4E2M1")}
     attention, depth = trt_log.fused_attention(log), graph.signatures["prepare"].outputs[0].shape[1]

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
-from rpfm_edge import bundle, canary
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.errors import BackendError, ConfigError
-from runtimes import trt, trt_api, trt_build
-from runtimes.trt_cuda import Device
+from rpfm_edge.chain.build import build as build_bundle
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import BackendError, ConfigError
+from rpfm_edge.measure import canary
+from runtimes.trt import api, backend, build
+from runtimes.trt import backend as trt
+from runtimes.trt.cuda import Device
 from tests.runtimes import trt_log
 
 
@@ -23,7 +25,7 @@ def test_a_target_that_lacks_it(make_graph: Any, engine: Path, precision: str, c
     pytest.importorskip("tensorrt_rtx")
     words = f"GPUs of compute capability {capability} do not compute in {precision}: expected .*; quantize to int8 or"
     with pytest.raises(ConfigError, match=words):
-        trt.build(make_graph(precision=precision), "frame", engine, {"compute_capability": f"12.0 {capability}"})
+        backend.build(make_graph(precision=precision), "frame", engine, {"compute_capability": f"12.0 {capability}"})
     assert not list(engine.iterdir())
 
 
@@ -33,7 +35,7 @@ def test_a_device_that_lacks_it(make_graph: Any, engine: Path, monkeypatch: pyte
     with pytest.raises(
         ConfigError, match=r"GPUs of compute capability 8\.7 do not compute in fp8: expected 8\.9 or later"
     ):
-        trt.build(make_graph(precision="fp8"), "frame", engine, {})
+        backend.build(make_graph(precision="fp8"), "frame", engine, {})
     assert not list(engine.iterdir())
 
 
@@ -49,20 +51,21 @@ def test_a_library_that_lacks_it(
     version: str, flags: tuple[str, ...], types: tuple[str, ...], precision: str, needed: str
 ) -> None:
     module = SimpleNamespace(DataType=SimpleNamespace(**dict.fromkeys(types)))
-    library = trt_api.Library(module, "tensorrt", version, True, (), flags, not flags, True, {}, (), False)
+    library = api.Library(module, "tensorrt", version, True, (), flags, not flags, True, {}, (), False)
     with pytest.raises(
         BackendError, match=f"tensorrt {version} does not build {precision}: expected {needed}; update it"
     ):
-        trt_build.require_precision(library, precision)
-    trt_build.require_precision(library, "int8")
+        build.require_precision(library, precision)
+    build.require_precision(library, "int8")
     newer = replace(library, precision_flags=(), module=SimpleNamespace(DataType=SimpleNamespace(FP8=0, FP4=0)))
-    trt_build.require_precision(newer, precision)
+    build.require_precision(newer, precision)
 
 
 @pytest.fixture(scope="module")
 def samples(tiny_graph: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
     calibrate = pytest.importorskip("quantize.calibrate")
-    from rpfm_edge.data import open_split, sample_root
+    from rpfm_edge.people.data import sample_root
+    from rpfm_edge.people.deepfashion import open_split
 
     out: Path = tmp_path_factory.mktemp("samples") / "a.safetensors"
     return Path(calibrate.record(tiny_graph, open_split(sample_root(), "test"), out, 8))
@@ -79,11 +82,11 @@ def test_the_whole_way_to_an_engine(
     log: list[str] = []
 
     def build_plan(*arguments: Any) -> bytes:
-        return trt_build.build_plan(*arguments, log=log.append)
+        return build.build_plan(*arguments, log=log.append)
 
     monkeypatch.setattr(trt, "build_plan", build_plan)
     graph = apply.quantize(tiny_graph, precision, tmp_path / "quantized", samples)
-    made = bundle.build(graph.path, tmp_path / "bundle", ["tensorrt"], {"tensorrt": {"compute_capability": "12.0"}})
+    made = build_bundle(graph.path, tmp_path / "bundle", ["tensorrt"], {"tensorrt": {"compute_capability": "12.0"}})
     assert {"engines/tensorrt/prepare/model.plan", "engines/tensorrt/frame/model.plan", canary.FILE} <= set(made.files)
     for kind, name in (("fp8", "FP8"), ("nvfp4", "FP4E2M1")):
         wanted: Counter[str] = Counter()

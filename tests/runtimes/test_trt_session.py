@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rpfm_edge import bundle
-from rpfm_edge.artifact import Artifact
-from rpfm_edge.errors import BackendError, SignatureError
-from rpfm_edge.pipeline import Pipeline
-from rpfm_edge.signature import Signature, TensorSpec
-from runtimes import trt_cuda
-from runtimes.trt_api import Library
-from runtimes.trt_cuda import DeviceArray
-from runtimes.trt_run import SLOTS, Slot, TensorRTSession, is_frozen
+from rpfm_edge.bundle.pipeline import Pipeline
+from rpfm_edge.chain import build
+from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.errors import BackendError, SignatureError
+from rpfm_edge.core.signature import Signature, TensorSpec
+from runtimes.trt import cuda as trt_cuda
+from runtimes.trt.api import Library
+from runtimes.trt.cuda import DeviceArray
+from runtimes.trt.run import SLOTS, Slot, TensorRTSession, is_frozen
 from tests.runtimes.trt_fake import FAILURE, NO_MEMORY, Compute, FakeContext, FakeCuda, FakeEngine, view
 
 SIGNATURE = Signature(
@@ -130,7 +130,7 @@ def test_the_noise_of_a_pipeline_stays_on_the_gpu(
 ) -> None:
     """Once both slots hold the person and the noise, a frame uploads its pose and nothing else."""
     pytest.importorskip("onnxruntime")
-    made = bundle.build(tiny_graph.path, tmp_path / "bundle", ["onnxruntime"])
+    made = build.build(tiny_graph.path, tmp_path / "bundle", ["onnxruntime"])
     signature, fed = made.signatures["frame"], []
 
     def frame(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

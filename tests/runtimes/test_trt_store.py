@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from rpfm_edge import artifact
-from rpfm_edge.errors import ArtifactError, BackendError, ParityError
-from runtimes import trt_store
-from runtimes.trt_api import Library
-from runtimes.trt_build import Settings
-from runtimes.trt_cuda import Device
+from rpfm_edge.core import artifact
+from rpfm_edge.core.errors import ArtifactError, BackendError, ParityError
+from runtimes.trt import store
+from runtimes.trt.api import Library
+from runtimes.trt.build import Settings
+from runtimes.trt.cuda import Device
 
 ORIN = Device("Orin", "8.7", "12.6")
 ADA = Device("NVIDIA RTX 4090", "8.9", "13.0")
@@ -25,20 +25,20 @@ PLAN = b"ftrt" + bytes(range(256)) * 8
 
 
 def record(library: Library = FULL, here: Device | None = ORIN, **options: Any) -> dict[str, Any]:
-    return trt_store.record(library, here, Settings(targets=() if here else ("8.6", "8.9")), "0" * 64, options)
+    return store.record(library, here, Settings(targets=() if here else ("8.6", "8.9")), "0" * 64, options)
 
 
 @pytest.fixture
 def written(engine: Path) -> Path:
-    trt_store.write(engine, PLAN, record())
+    store.write(engine, PLAN, record())
     return engine
 
 
 def test_what_is_written_is_read(written: Path) -> None:
-    plan, made = trt_store.read(written)
+    plan, made = store.read(written)
     assert plan == PLAN
     assert {key: made[key] for key in record()} == record()
-    trt_store.require_fit(written, made, FULL, ORIN)
+    store.require_fit(written, made, FULL, ORIN)
 
 
 @pytest.mark.parametrize("damage", [PLAN[:-1], PLAN[:100], b"", PLAN[:50] + b"?" + PLAN[51:]])
@@ -47,7 +47,7 @@ def test_a_plan_that_was_cut_or_altered(written: Path, damage: bytes) -> None:
     with pytest.raises(
         ArtifactError, match=r"model\.plan was cut short or altered: .* build the engine again: rpfm-edge"
     ):
-        trt_store.read(written)
+        store.read(written)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", None])
@@ -55,7 +55,7 @@ def test_a_record_that_is_missing_or_damaged(written: Path, content: str | None)
     file = written / "plan.json"
     file.unlink() if content is None else file.write_text(content)
     with pytest.raises(ArtifactError, match=r"or its record is missing or damaged .* build the engine again"):
-        trt_store.read(written)
+        store.read(written)
 
 
 @pytest.mark.parametrize(
@@ -84,10 +84,10 @@ def test_a_record_that_is_missing_or_damaged(written: Path, content: str | None)
 )
 def test_where_a_plan_fits(engine: Path, made: dict[str, Any], library: Library, here: Device, fits: bool) -> None:
     if fits:
-        trt_store.require_fit(engine, made, library, here)
+        store.require_fit(engine, made, library, here)
         return
     with pytest.raises(BackendError, match=r"was built for .* build it on this device: rpfm-edge build"):
-        trt_store.require_fit(engine, made, library, here)
+        store.require_fit(engine, made, library, here)
 
 
 def test_the_error_names_both_places(engine: Path) -> None:
@@ -97,9 +97,9 @@ def test_the_error_names_both_places(engine: Path) -> None:
         r"rpfm-edge build BUNDLE --target tensorrt --out BUNDLE\.$"
     )
     with pytest.raises(BackendError, match=message):
-        trt_store.require_fit(engine, record(), FULL, ADA)
+        store.require_fit(engine, record(), FULL, ADA)
     with pytest.raises(BackendError, match=r"built for compute capability \['8\.6', '8\.9'\], tensorrt_rtx 1\.7"):
-        trt_store.require_fit(engine, record(RTX, None), FULL, ORIN)
+        store.require_fit(engine, record(RTX, None), FULL, ORIN)
 
 
 def test_the_command_names_the_bundle(tmp_path: Path) -> None:
@@ -107,66 +107,66 @@ def test_the_command_names_the_bundle(tmp_path: Path) -> None:
     engine.mkdir(parents=True)
     artifact.seal(tmp_path / "bundle", "bundle", {}, {}, ())
     bundle = tmp_path / "bundle"
-    assert trt_store.rebuild(engine) == f"rpfm-edge build {bundle} --target torch-tensorrt --out {bundle}"
+    assert store.rebuild(engine) == f"rpfm-edge build {bundle} --target torch-tensorrt --out {bundle}"
 
 
 def test_the_cache_gives_back_the_same_record_only(tmp_path: Path) -> None:
     made = record(optimization_level=3)
-    assert trt_store.cached(made) is None
-    trt_store.keep(made, PLAN)
-    assert trt_store.cached(json.loads(json.dumps(made))) == PLAN
+    assert store.cached(made) is None
+    store.keep(made, PLAN)
+    assert store.cached(json.loads(json.dumps(made))) == PLAN
     others = (
         record(optimization_level=2),
         record(FULL, replace(ORIN, driver="12.8"), optimization_level=3),
         record(replace(FULL, version="10.3.1"), optimization_level=3),
         {**made, "graph": "1" * 64},
     )
-    assert [trt_store.cached(other) for other in others] == [None] * len(others)
+    assert [store.cached(other) for other in others] == [None] * len(others)
     (file,) = (tmp_path / "cache" / "tensorrt").glob("*.plan")
     file.write_bytes(PLAN[:-1])
-    assert trt_store.cached(made) is None
+    assert store.cached(made) is None
 
 
 @pytest.mark.parametrize("tool", ["onnx", "torch"])
 def test_a_plan_of_other_tools_is_not_taken_from_the_cache(tool: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    trt_store.keep(record(), PLAN)
-    assert trt_store.cached(record()) == PLAN
+    store.keep(record(), PLAN)
+    assert store.cached(record()) == PLAN
     installed = artifact.tool_versions
     monkeypatch.setattr(artifact, "tool_versions", lambda *names: {**installed(*names), tool: "0.0.1"})
-    assert trt_store.cached(record()) is None
+    assert store.cached(record()) is None
 
 
 def test_without_a_place_for_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("RPFM_EDGE_CACHE", str(tmp_path / "file"))
-    trt_store.keep(record(), PLAN)
-    assert trt_store.cached(record()) is None
-    assert trt_store.timing_file(FULL, ORIN) is None
+    store.keep(record(), PLAN)
+    assert store.cached(record()) is None
+    assert store.timing_file(FULL, ORIN) is None
 
 
 def test_one_timing_cache_for_each_gpu_and_version() -> None:
     files = [
-        trt_store.timing_file(*place)
+        store.timing_file(*place)
         for place in ((FULL, ORIN), (FULL, ADA), (replace(FULL, version="10.4.0"), ORIN), (FULL, ORIN))
     ]
     assert len(set(files)) == 3
     assert files[0] == files[3]
-    assert trt_store.timing_file(FULL, None) is None
+    assert store.timing_file(FULL, None) is None
 
 
 def test_a_cached_plan_that_is_wrong_is_built_again(engine: Path) -> None:
     wrong, tried = b"ftrt of an older version", []
 
     def compare() -> None:
-        tried.append(trt_store.read(engine)[0])
+        tried.append(store.read(engine)[0])
         if tried[-1] == wrong:
             raise ParityError("wrong", expected="right", fix="build it")
 
-    trt_store.keep(record(), wrong)
-    trt_store.make(engine, record(), lambda: PLAN, compare)
+    store.keep(record(), wrong)
+    store.make(engine, record(), lambda: PLAN, compare)
     assert tried == [wrong, PLAN]
-    assert trt_store.cached(record()) == PLAN
-    trt_store.make(engine, record(), pytest.fail, compare)
+    assert store.cached(record()) == PLAN
+    store.make(engine, record(), pytest.fail, compare)
 
 
 def test_a_wrong_plan_is_not_cached(engine: Path) -> None:
@@ -174,5 +174,5 @@ def test_a_wrong_plan_is_not_cached(engine: Path) -> None:
         raise ParityError("wrong", expected="right", fix="build it")
 
     with pytest.raises(ParityError):
-        trt_store.make(engine, record(), lambda: PLAN, compare)
-    assert trt_store.cached(record()) is None
+        store.make(engine, record(), lambda: PLAN, compare)
+    assert store.cached(record()) is None

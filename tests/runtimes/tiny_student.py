@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rpfm_edge.signature import Signature, TensorSpec
+from rpfm_edge.core.signature import Signature, TensorSpec
 
 HEIGHT, WIDTH, CHANNELS, SOURCE_TOKENS = 8, 6, 4, 5
 IMAGE = (1, HEIGHT, WIDTH, 3)

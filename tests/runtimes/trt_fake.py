@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from rpfm_edge.signature import Signature
+from rpfm_edge.core.signature import Signature
 
 SUCCESS, NO_MEMORY, FAILURE = 0, 2, 999
 Compute = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rpfm_edge.artifact import Artifact
+from rpfm_edge.core.artifact import Artifact
 from scripts import gpu_check
 from scripts.gpu_parts import cases, engine_side, parts, table, timing
 from scripts.gpu_parts.worker import OutOfTimeError, PartError, Worker
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FAKE_PYTHON = """#!{python}
 import os, sys, time
 sys.path.insert(0, {root!r})
-from rpfm_edge.errors import InputError
+from rpfm_edge.core.errors import InputError
 from scripts.gpu_parts.worker import serve
 
 def refuse():

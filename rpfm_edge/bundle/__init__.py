@@ -1,0 +1,1 @@
+"""What a device needs: open a bundle and render."""

@@ -1,0 +1,1 @@
+"""The way from data to a bundle, one function per arrow."""

@@ -1,0 +1,1 @@
+"""What everything stands on: artifacts and their files, signatures, errors, settings."""

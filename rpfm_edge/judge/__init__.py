@@ -1,0 +1,1 @@
+"""Quality and speed of a bundle, judged and kept as its evidence."""

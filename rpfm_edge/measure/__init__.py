@@ -1,0 +1,1 @@
+"""Measures of pictures, poses and times, and of the machine."""

@@ -1,0 +1,1 @@
+"""Pictures, poses and data sets of people."""

@@ -1,0 +1,1 @@
+"""Searches over steps, precisions and backends."""

@@ -1,0 +1,1 @@
+"""TensorRT: build, open and profile engines, and keep them in a cache."""
