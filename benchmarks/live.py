@@ -64,7 +64,7 @@ def moving(size: tuple[int, int]) -> np.ndarray:
 @contextmanager
 def service(bundle: str, backend: str | None, source: Path, report: Path) -> Iterator[tuple[int, psutil.Process]]:
     """The command, listening at a free port."""
-    command = [sys.executable, "-m", "rpfm_edge.cli", "live", bundle, "--source", str(source), "--port", "0"]
+    command = [sys.executable, "-m", "rpfm_edge", "live", bundle, "--source", str(source), "--port", "0"]
     command += ["--clients", "16", "--report", str(report), *(["--backend", backend] if backend else [])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

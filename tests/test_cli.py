@@ -24,8 +24,10 @@ from typer.testing import CliRunner
 
 import runtimes
 from distill import rpfm
-from rpfm_edge import api, cli
+from rpfm_edge import api
+from rpfm_edge.__main__ import main
 from rpfm_edge.bundle.pipeline import Pipeline
+from rpfm_edge.cli import _finish, app
 from rpfm_edge.core import artifact
 from rpfm_edge.core.artifact import Artifact
 from rpfm_edge.core.errors import ArtifactError, ConfigError, InputError, SignatureError
@@ -67,7 +69,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
         monkeypatch.setattr(sys, "argv", ["rpfm-edge", *map(str, arguments)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            main()
         return Ended(int(end.value.code or 0), *capfd.readouterr())
 
     return run
@@ -368,14 +370,7 @@ BAD_OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "negative steps": (("quantize", "{student}", "--data", "sample", "--steps", "-1"), ("-1 steps", "at least 1")),
     "steps of a graph": (("quantize", "{graph}", "--data", "sample", "--steps", "2"), ("2 steps", "leave steps out")),
     "no data": (("quantize", "{graph}"), ("no data for precision int8", "give --data")),
-    "no data to plan on": (
-        ("quantize", "{graph}", "--precision", "auto", "--target", "onnxruntime"),
-        ("no data for precision auto", "give --data"),
-    ),
-    "precision without qad": (
-        ("distill", "{teacher}", "--data", "sample", "--precision", "int8"),
-        ("precision is an option of the method qad", "change the method"),
-    ),
+    "auto": (("quantize", "{graph}", "--data", "sample", "--precision", "auto"), ("'auto'", "rpfm-edge plan")),
     "trajectories with qad": (
         ("distill", "{student}", "--data", "sample", "--method", "qad", "--trajectories", "9"),
         ("trajectories is no option of the method qad", "change the method"),
@@ -406,15 +401,8 @@ def test_counts_that_cannot_be(call: Call, made: dict[str, Path]) -> None:
     is_fault(call("bench", made["bundle"], "--runs", "0"), "0 measured runs")
     for seconds in ("inf", "nan", "-1"):
         is_fault(call("bench", made["bundle"], "--seconds", seconds), f"{seconds} seconds", "finite and at least 0")
-        is_fault(call("bench", made["bundle"], "--save", "x", "--seconds", seconds), f"{seconds} s within 120 s")
-
-
-@pytest.mark.parametrize("judged", ["--save", "--gate", "--against"])
-@pytest.mark.parametrize("timed", [["--stages"], ["--sustained", "1"]])
-def test_a_judgement_and_a_look_at_the_times_are_two_things(
-    call: Call, made: dict[str, Path], judged: str, timed: list[str]
-) -> None:
-    is_fault(call("bench", made["bundle"], judged, "x", *timed), f"{judged} and {timed[0]} at once")
+        save = ("save-baseline", made["bundle"], "--baseline", "x")
+        is_fault(call(*save, "--seconds", seconds), f"{seconds} s within 120 s")
 
 
 def test_a_budget_that_cannot_be(call: Call, made: dict[str, Path], tmp_path: Path) -> None:
@@ -457,15 +445,16 @@ def test_data_without_data(call: Call, made: dict[str, Path], tmp_path: Path, na
     "arguments", [["render"], ["build", "x", "--out", "y"], ["bench", "b", "--runs", "many"], ["x"]]
 )
 def test_a_command_line_that_cannot_be_parsed(arguments: list[str]) -> None:
-    result = CliRunner().invoke(cli.app, arguments)
+    result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert "Usage: " in result.stderr
     assert "Traceback" not in result.stderr
 
 
 def test_help_names_every_command() -> None:
-    text = CliRunner().invoke(cli.app, ["--help"]).stdout
-    commands = "doctor train distill quantize build validate bench render inspect frontier run"
+    text = CliRunner().invoke(app, ["--help"]).stdout
+    commands = "doctor train distill fine-tune quantize plan build validate bench profile sustain gate"
+    commands += " save-baseline render inspect frontier run live"
     assert all(f" {command} " in text for command in commands.split())
 
 
@@ -508,7 +497,7 @@ def test_a_full_disk_while_a_folder_is_copied(
 
 LIMITED = """
 import resource
-from rpfm_edge.cli import main
+from rpfm_edge.__main__ import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 main()
 """
@@ -527,7 +516,7 @@ def test_a_kill_in_the_middle_of_a_build_leaves_the_old_bundle(made: dict[str, P
     bundle = shutil.copytree(made["bundle"], tmp_path / "bundle")
     before = contents(bundle)
     command = ["build", str(made["graph"]), "--target", "openvino", "--out", str(bundle)]
-    process = subprocess.Popen([sys.executable, "-m", "rpfm_edge.cli", *command], cwd=ROOT)
+    process = subprocess.Popen([sys.executable, "-m", "rpfm_edge", *command], cwd=ROOT)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".bundle.*/engines")):  # the copies are made, the engines are not
         assert process.poll() is None
@@ -549,7 +538,7 @@ def test_a_kill_in_the_middle_of_a_build_leaves_the_old_bundle(made: dict[str, P
         ["train", "xs", "--data", "sample"],
         ["distill", "teacher:xs", "--data", "sample"],
         ["quantize", "student:xs", "--data", "sample"],
-        ["quantize", "student:xs", "--data", "sample", "--precision", "auto", "--target", "onnxruntime"],
+        ["plan", "student:xs", "--data", "sample", "--target", "onnxruntime"],
         ["build", "GRAPH", "--target", "onnxruntime"],
     ],
     ids=["train", "distill", "quantize", "plan", "build"],
@@ -582,13 +571,14 @@ def test_a_command_that_is_ended_leaves_nothing_for_long(made: dict[str, Path], 
     out = tmp_path / "int8"
     code = f"""
 import sys, time; sys.path = {sys.path!r}
-from rpfm_edge import api, cli
+from rpfm_edge.chain import graph
+from rpfm_edge.__main__ import main
 def slow(*_):
     print("quantizing", flush=True)
     time.sleep(60)
-api._quantize_graph = slow
+graph._quantize_graph = slow
 sys.argv = ["rpfm-edge", "quantize", {str(made["graph"])!r}, "--data", "sample", "--out", {str(out)!r}]
-cli.main()
+main()
 """
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -614,7 +604,7 @@ cli.main()
 )
 def test_a_fault_of_the_program(made: dict[str, Path], tmp_path: Path, change: dict[str, str], words: str) -> None:
     def program(*arguments: Any) -> Ended:
-        command = [sys.executable, "-m", "rpfm_edge.cli", *map(str, arguments)]
+        command = [sys.executable, "-m", "rpfm_edge", *map(str, arguments)]
         ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         return Ended(ended.returncode, ended.stdout, ended.stderr)
 
@@ -688,7 +678,7 @@ def test_inspect_prints_paths_as_they_are(call: Call, made: dict[str, Path], tmp
 
 
 def test_an_old_code_page(made: dict[str, Path]) -> None:
-    command = [sys.executable, "-m", "rpfm_edge.cli", "inspect", str(made["bundle"])]
+    command = [sys.executable, "-m", "rpfm_edge", "inspect", str(made["bundle"])]
     environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, env=environment)
     assert (ended.returncode, ended.stderr) == (0, b"")
@@ -730,7 +720,7 @@ def test_validate_says_how_many_pairs_there_were(
 
 
 def test_json_has_no_infinity(capsys: pytest.CaptureFixture[str]) -> None:
-    cli._finish({"psnr_db": [float("inf"), 3.0], "deep": {"nan": float("nan")}, "words": "inf"})
+    _finish({"psnr_db": [float("inf"), 3.0], "deep": {"nan": float("nan")}, "words": "inf"})
     assert json.loads(capsys.readouterr().out) == {"psnr_db": [None, 3.0], "deep": {"nan": None}, "words": "inf"}
 
 

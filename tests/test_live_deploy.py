@@ -121,7 +121,7 @@ def test_the_units_command_serves(tiny_graph: Artifact, tmp_path: Path) -> None:
     values = {"BUNDLE": str(bundle), "SOURCE": str(SOURCE), "PORT": port, "OPTIONS": "--smooth 2"}
     line = filled(settings("ExecStart")[0], values | {"CREDENTIALS_DIRECTORY": str(tmp_path)})
     moved = {"tensorrt": "openvino", "0.0.0.0": "127.0.0.1", "/var/lib/rpfm-edge": str(tmp_path / "report")}
-    command = [sys.executable, "-c", "from rpfm_edge.cli import main; main()"]
+    command = [sys.executable, "-c", "from rpfm_edge.__main__ import main; main()"]
     command += [moved.get(word, word) for word in shlex.split(line)[1:]]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:

@@ -9,8 +9,8 @@ import pytest
 import runtimes
 from rpfm_edge import api
 from rpfm_edge.chain import build
-from rpfm_edge.cli import parse_options
 from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.config import parse_options
 from rpfm_edge.core.errors import BackendError, ConfigError
 
 

@@ -20,6 +20,7 @@ ROWS = (
     ("recipe",),
     ("api", "__init__"),
     ("cli",),
+    ("__main__",),
 )
 ROW = {room: number for number, row in enumerate(ROWS) for room in row}
 FILES = [

@@ -37,7 +37,8 @@ def quantize(
             as many layers in float as ``least_psnr_db`` needs (default: ``quantize.methods.LEAST_PSNR_DB``).
     """
     if precision not in PRECISIONS:
-        raise ConfigError(f"unknown precision {precision!r}", expected=f"one of {PRECISIONS}", fix="check the spelling")
+        fix = "run: rpfm-edge plan" if precision == "auto" else "check the spelling"
+        raise ConfigError(f"unknown precision {precision!r}", expected=f"one of {PRECISIONS}", fix=fix)
     check_method(method, least_psnr_db, precision)
     if precision in CALIBRATED:
         _check_data(data, precision)

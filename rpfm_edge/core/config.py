@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from math import inf, isfinite
 from pathlib import Path
@@ -126,3 +126,25 @@ def _words(hint: Any) -> str:
 
 def without_none(changes: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in changes.items() if value is not None}
+
+
+def parse_options(given: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Backend → name → value. ``true``, ``false`` and integers are taken for what they look like, all else is text;
+    the backend checks names and types.
+
+    Raises:
+        ConfigError: an entry of another form.
+    """
+    options: dict[str, dict[str, Any]] = {}
+    for entry in given:
+        place, equals, text = entry.partition("=")
+        backend, dot, name = place.partition(".")
+        if not (equals and dot and backend and name):
+            raise ConfigError(
+                f"option {entry!r}",
+                expected="BACKEND.NAME=VALUE, such as tensorrt.workspace_mib=1024",
+                fix="correct it",
+            )
+        number = int(text) if text.removeprefix("-").isdecimal() else text
+        options.setdefault(backend, {})[name] = {"true": True, "false": False}.get(text, number)
+    return options

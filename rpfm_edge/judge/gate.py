@@ -293,13 +293,13 @@ def _check_size(bundle: Artifact, config: Mapping[str, Any], whose: str) -> None
 
 def gate(
     bundle: str | Path,
-    name: str | None = None,
+    baseline: str | None = None,
     against: str | Path | None = None,
     backend: str | None = None,
     baselines: str | Path = FOLDER,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Whether a frame of the bundle became slower than the baseline ``name``, or than that of the bundle ``against``.
+    """Whether a frame of the bundle became slower than the baseline of this name, or than that of another bundle.
 
     Args:
         baselines: the folder of the baselines, and of ``results/``.
@@ -309,27 +309,27 @@ def gate(
         ``verdict`` (pass, regression, error, no baseline or unstable), ``exit_code``, ``backends``, and ``skipped``, as
         in ``bench``, if any is.
     """
-    if (name is None) == (against is None):
+    if (baseline is None) == (against is None):
         raise ConfigError(
             "nothing, or two things, to hold the bundle against",
             expected="a baseline's name or another bundle",
-            fix="give one of --gate and --against",
+            fix="give one of --baseline and --against",
         )
     config, loaded = GateConfig(**without_none(changes)), artifact.load(shipped.resolve(bundle), "bundle")
     backends, skipped = _installed(loaded, backend)
-    if name is not None:
-        return run_gate(loaded, backends, name, Path(baselines), config) | skipped
+    if baseline is not None:
+        return run_gate(loaded, backends, baseline, Path(baselines), config) | skipped
     other = artifact.load(shipped.resolve(str(against)), "bundle")
     return run_against(loaded, backends, other, Path(baselines), config) | skipped
 
 
 def save_baseline(
-    bundle: str | Path, name: str, backend: str | None = None, baselines: str | Path = FOLDER, **changes: Any
+    bundle: str | Path, baseline: str, backend: str | None = None, baselines: str | Path = FOLDER, **changes: Any
 ) -> dict[str, Any]:
-    """Measure a frame of the bundle and keep that, with a copy of the bundle, as the baseline ``name`` of this device.
+    """Measure a frame of the bundle and keep that, with a copy of the bundle, as a baseline of this device.
 
     Arguments and result are as in ``gate``.
     """
     config, loaded = GateConfig(**without_none(changes)), artifact.load(shipped.resolve(bundle), "bundle")
     backends, skipped = _installed(loaded, backend)
-    return run_save(loaded, backends, name, Path(baselines), config) | skipped
+    return run_save(loaded, backends, baseline, Path(baselines), config) | skipped

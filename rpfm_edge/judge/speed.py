@@ -18,7 +18,7 @@ from rpfm_edge.core import artifact, shipped
 from rpfm_edge.core.artifact import Artifact
 from rpfm_edge.core.errors import BackendError
 from rpfm_edge.judge.breakdown import breakdown
-from rpfm_edge.judge.sustained import draw, sustain, write
+from rpfm_edge.judge.sustained import draw, watch, write
 from rpfm_edge.measure import clock, device_state
 from rpfm_edge.measure.clock import check_seconds
 from rpfm_edge.measure.machine import where
@@ -50,7 +50,7 @@ def bench_backend(
     }
 
 
-def stages(bundle: str | Path, backend: str | None = None, rounds: int = 30) -> dict[str, Any]:
+def profile(bundle: str | Path, backend: str | None = None, rounds: int = 30) -> dict[str, Any]:
     """Where a frame's time goes on each backend of a bundle, kept as evidence ``stages``; or on one, which is not kept.
 
     ``failures``: backend → why it cannot tell, such as torch, which has no layers of the graph. If none can, the last
@@ -75,7 +75,7 @@ def stages(bundle: str | Path, backend: str | None = None, rounds: int = 30) -> 
     return evidence
 
 
-def sustained(bundle: str | Path, minutes: float, out: str | Path, backend: str | None = None) -> dict[str, Any]:
+def sustain(bundle: str | Path, minutes: float, out: str | Path, backend: str | None = None) -> dict[str, Any]:
     """Frames without a pause for ``minutes``. ``sustained.json`` in ``out`` grows with every window; at the end it is
     drawn as ``sustained.png``, or ``no_plot`` of the result says why not."""
     loaded = artifact.load(shipped.resolve(bundle), "bundle")
@@ -86,7 +86,7 @@ def sustained(bundle: str | Path, minutes: float, out: str | Path, backend: str 
         pipe = stack.enter_context(Pipeline.open(loaded.path, name))
         render = partial(pipe.render, pipe.prepare(person), pose)
         facts["machine"] = where(engine_versions(loaded, name))
-        result = facts | sustain(render, minutes, keep=lambda result: write({**facts, **result}, Path(out)))
+        result = facts | watch(render, minutes, keep=lambda result: write({**facts, **result}, Path(out)))
     try:
         draw(result, Path(out))
     except BackendError as error:

@@ -22,7 +22,7 @@ WINDOW_S = 10.0
 Window = dict[str, Any]
 
 
-def sustain(
+def watch(
     call: Call,
     minutes: float,
     window_s: float = WINDOW_S,

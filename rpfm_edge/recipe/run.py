@@ -12,7 +12,7 @@ from typing import Any
 from rpfm_edge.bundle.engines import built_by
 from rpfm_edge.chain.build import build
 from rpfm_edge.chain.graph import quantize
-from rpfm_edge.chain.train import distill, train
+from rpfm_edge.chain.train import distill, fine_tune, train
 from rpfm_edge.core import artifact
 from rpfm_edge.core.artifact import EVIDENCE
 from rpfm_edge.core.errors import ConfigError
@@ -120,7 +120,7 @@ def _fine_tune(recipe: Recipe, stages: Stages, student: str) -> str:
         return student
     out, fields = stages.folder / "qad", asdict(recipe.qad)
     fields["steps"] = fields["steps"] or recipe.student.steps
-    make = partial(distill, student, recipe.data, out, method="qad", seed=recipe.seed, **fields)
+    make = partial(fine_tune, student, recipe.data, out, seed=recipe.seed, **fields)
     stages.once("qad", [fields, recipe.seed], {"student": student, "data": recipe.data}, out, make, tools=())
     return str(out)
 

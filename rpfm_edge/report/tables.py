@@ -16,6 +16,33 @@ from rpfm_edge.report.frontier import lines
 from rpfm_edge.report.plan import plan_lines, verdict
 
 
+def bench(evidence: Mapping[str, Any]) -> None:
+    """A row for each backend and call, then what failed or was skipped."""
+    shown = table("engine", "call", "p50 ms", "p95 ms", "p99 ms", "per s", "runs")
+    for row in rows(evidence):
+        shown.add_row(*row)
+    console.print(shown)
+    for what in ("failures", "skipped"):
+        for name, reason in evidence.get(what, {}).items():
+            say(f"{name} {what.replace('failures', 'failed')}: {reason}")
+
+
+def artifact(record: Mapping[str, Any]) -> None:
+    """What an artifact is, how it came to be, and its files."""
+    say(f"{record['kind']} {record['path']}  digest {record['digest'][:12]}, every sha256 is right")
+    for name, signature in record["signatures"].items():
+        for side in ("inputs", "outputs"):
+            for spec in signature[side]:
+                say(f"  {name} {side[:-1]} {spec['name']}: {spec['dtype']}{spec['shape']}")
+    for stage in record["lineage"]:
+        tools = ", ".join(f"{name} {version}" for name, version in stage["tools"].items())
+        say(f"  ← {stage['stage']}  ({tools})")
+    for name, file in record["files"].items():
+        say(f"  {file['bytes']:>12,} bytes  {name}")
+    if record["evidence"]:
+        say(f"  evidence: {', '.join(record['evidence'])} (--json shows it)")
+
+
 def rows(evidence: Mapping[str, Any]) -> Iterator[list[str]]:
     """Engine, call, p50, p95 and p99 in ms, calls per second and number of calls, of what ``api.bench`` measured."""
     for result in evidence["backends"]:
@@ -26,7 +53,7 @@ def rows(evidence: Mapping[str, Any]) -> Iterator[list[str]]:
             yield [engine, call, *cells, f"{times['fps']:.1f}", str(times["runs"])]
 
 
-def print_stages(evidence: Mapping[str, Any]) -> None:
+def profile(evidence: Mapping[str, Any]) -> None:
     """A table for each backend, then what cannot tell."""
     for result in evidence["backends"]:
         say(f"{result['backend']}, {result['precision']}: a frame takes {1e3 * result['frame_s']:.2f} ms")
@@ -38,7 +65,7 @@ def print_stages(evidence: Mapping[str, Any]) -> None:
         say(f"{name}: {reason}")
 
 
-def print_sustained(result: Mapping[str, Any]) -> None:
+def sustained(result: Mapping[str, Any]) -> None:
     """A row for each window, and what it comes to."""
     shown = table("minute", "per s", "p50 ms", "p99 ms", "load", "clock GHz", "°C", "W")
     for window in result["windows"]:

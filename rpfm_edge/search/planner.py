@@ -338,8 +338,8 @@ def plan(
     _check_steps(steps, kind)
     if not target or set(options or {}) - {target}:
         problem = f"options of {sorted(set(options) - {target})[0]!r}" if target and options else "no target"
-        raise ConfigError(f"{problem} for precision auto", expected="one target, and its options", fix="give --target")
-    data = _check_data(data, "auto")
+        raise ConfigError(f"{problem} for a plan", expected="one target, and its options", fix="give --target")
+    data = _check_data(data, "int8")
     config = PlanConfig(target, limits, options=dict((options or {}).get(target, {})), **without_none(numbers))
     if kind == "student":
         stages, graph = Stages(work_folder(out)), work_folder(out) / "float"

@@ -96,7 +96,7 @@ def test_a_bundle_that_takes_no_evidence_is_measured_all_the_same(
 ) -> None:
     """A file where the folder should be stands for a read-only mount, which does not stop root."""
     (built.path / "evidence").touch()
-    measured = [api.bench(built.path, runs=5, seconds=0.01), api.stages(built.path, rounds=5)]
+    measured = [api.bench(built.path, runs=5, seconds=0.01), api.profile(built.path, rounds=5)]
     assert [one["backends"][0]["backend"] for one in measured] == ["onnxruntime", "onnxruntime"]
     said = capsys.readouterr().err.splitlines()
     files = [built.path / "evidence" / f"{name}.json" for name in ("speed", "stages")]

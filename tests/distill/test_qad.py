@@ -246,15 +246,15 @@ def test_a_killed_run_continues_to_the_same_weights(
 @pytest.fixture(scope="module")
 def made(tiny_student: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     out = tmp_path_factory.mktemp("qad") / "student"
-    options = ("--data", "sample", "--out", str(out), "--method", "qad", "--steps", "1", "--seconds", "1")
-    ended = CliRunner().invoke(app, ["distill", str(tiny_student.path), *options])
+    options = ("--data", "sample", "--out", str(out), "--steps", "1", "--seconds", "1")
+    ended = CliRunner().invoke(app, ["fine-tune", str(tiny_student.path), *options])
     assert ended.exit_code == 0, ended.output
     return artifact.load(out, "student")
 
 
 def test_steps_that_the_student_has_not_learnt(tiny_student: Artifact, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"steps = 3 for a student .* by flowmap for 2: expected 1 or 2 or"):
-        api.distill(tiny_student.path, "sample", tmp_path / "out", method="qad", steps=3)
+        api.fine_tune(tiny_student.path, "sample", tmp_path / "out", steps=3)
     assert not list(tmp_path.iterdir())
 
 
@@ -282,7 +282,7 @@ def test_it_goes_the_usual_way_to_an_int8_graph(made: Artifact, tmp_path: Path) 
     ("changes", "message"),
     [
         ({"precision": "fp8"}, r"precision = 'fp8': expected one of \['int8', 'int4-weights'\]"),
-        ({"trajectories": 64}, "trajectories is no option of the method qad"),
+        ({"trajectories": 64}, "fine-tune: unknown key 'trajectories'"),
         ({"steps": 0}, "steps = 0: expected at least 1"),
         ({"batch": 0}, "batch = 0: expected at least 1"),
         ({"seconds": -1.0}, "seconds = -1: expected a finite number above 0"),
@@ -294,30 +294,29 @@ def test_a_request_that_cannot_be(
     changes: dict[str, Any], message: str, tiny_student: Artifact, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        api.distill(tiny_student.path, "sample", tmp_path / "out", method="qad", **changes)
+        api.fine_tune(tiny_student.path, "sample", tmp_path / "out", **changes)
     assert not list(tmp_path.iterdir())
 
 
 def test_what_is_no_student(tiny_graph: Artifact, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="is a graph: expected a student"):
-        api.distill(tiny_graph.path, "sample", tmp_path / "out", method="qad")
+        api.fine_tune(tiny_graph.path, "sample", tmp_path / "out")
 
 
 def test_another_learning_rate_does_not_continue(made: Artifact, tiny_student: Artifact) -> None:
     with pytest.raises(ConfigError, match="was trained with other settings"):
-        api.distill(tiny_student.path, "sample", made.path, method="qad", steps=1, seconds=2.0, lr=1e-2)
+        api.fine_tune(tiny_student.path, "sample", made.path, steps=1, seconds=2.0, lr=1e-2)
 
 
 def test_a_recipe_fine_tunes_the_student_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "recipe.toml"
     file.write_text("out = 'x'\n[student]\nartifact = 'student:xs'\nsteps = 1\n[qad]\nseconds = 9.0\n")
     recipe, asked = load_recipe(file), []
-    monkeypatch.setattr(api, "distill", lambda *arguments, **fields: asked.append((arguments, fields)))
+    monkeypatch.setattr(run, "fine_tune", lambda *arguments, **fields: asked.append((arguments, fields)))
     monkeypatch.setattr(Stages, "once", lambda self, name, config, inputs, out, make, tools: make())
     assert run._fine_tune(recipe, Stages(tmp_path), "student:xs") == str(tmp_path / "qad")
     (arguments, fields) = asked[0]
     assert arguments == ("student:xs", "sample", tmp_path / "qad")
-    assert fields["method"] == "qad"
     assert (fields["steps"], fields["seconds"], fields["precision"]) == (1, 9.0, "int8")
     assert run._fine_tune(replace(recipe, qad=None), Stages(tmp_path), "student:xs") == "student:xs"
     assert len(asked) == 1

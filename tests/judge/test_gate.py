@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 import runtimes
-from rpfm_edge import api, cli
+from rpfm_edge import api
+from rpfm_edge.__main__ import main
 from rpfm_edge.bundle.pipeline import Pipeline
 from rpfm_edge.core import artifact
 from rpfm_edge.core.artifact import Artifact
@@ -29,7 +30,7 @@ from rpfm_edge.measure.rounds import Chunk
 from rpfm_edge.report import gate as report
 
 ROOT = Path(__file__).parents[2]
-QUICK = ("--runs", 20, "--seconds", 0.01, "--limit", 20)
+QUICK = ("--rounds", 20, "--seconds", 0.01, "--limit", 20)
 
 
 class Machine:
@@ -193,14 +194,14 @@ def bundles(tiny_student: Artifact, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
-    """``rpfm-edge bench`` in this process, with its baselines below ``tmp_path``."""
+    """A command of ``rpfm-edge`` in this process, with its baselines below ``tmp_path``."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rpfm-edge", "bench", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["rpfm-edge", *map(str, arguments)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            main()
         return int(end.value.code or 0), *capfd.readouterr()
 
     return run
@@ -213,7 +214,7 @@ def calm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_baseline_is_exit_3(call: Call, bundles: dict[str, Path]) -> None:
-    code, out, err = call(bundles["new"], "--gate", "main", "--backend", "onnxruntime", *QUICK)
+    code, out, err = call("gate", bundles["new"], "--baseline", "main", "--backend", "onnxruntime", *QUICK)
     assert (code, err) == (3, "")
     assert ".rpfm-edge/baselines has no baseline main for onnxruntime" in out
 
@@ -222,10 +223,10 @@ def test_a_baseline_of_another_bundle_runs_in_the_same_rounds(
     call: Call, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     calm(monkeypatch)
-    pick = ("--backend", "onnxruntime", *QUICK)
-    code, out, _ = call(bundles["new"], "--save", "main", *pick)
+    pick, eight_steps = ("--backend", "onnxruntime", *QUICK), ("--max-slowdown", "20%", "--json")
+    code, out, _ = call("save-baseline", bundles["new"], "--baseline", "main", *pick)
     assert (code, "saved" in out) == (0, True)
-    code, out, _ = call(bundles["old"], "--gate", "main", *pick, "--max-slowdown", "20%", "--json")  # eight steps
+    code, out, _ = call("gate", bundles["old"], "--baseline", "main", *pick, *eight_steps)
     found = json.loads(out.splitlines()[-1])
     assert (code, found["exit_code"], found["verdict"]) == (1, 1, "regression")
     (record,) = found["backends"]
@@ -244,8 +245,8 @@ def test_the_same_bundle_is_held_against_the_stored_times(
 ) -> None:
     calm(monkeypatch)
     pick = ("--backend", "onnxruntime", *QUICK, "--max-slowdown", "99%", "--json")
-    assert call(bundles["new"], "--save", "main", *pick)[0] == 0
-    code, out, _ = call(bundles["new"], "--gate", "main", *pick)
+    assert call("save-baseline", bundles["new"], "--baseline", "main", *pick)[0] == 0
+    code, out, _ = call("gate", bundles["new"], "--baseline", "main", *pick)
     (record,) = json.loads(out.splitlines()[-1])["backends"]
     assert record["way"] == "baseline"
     ratio = np.median(record["new"]["values_s"]) / np.median(record["old"]["values_s"]) - 1
@@ -312,20 +313,20 @@ def test_a_frame_of_eight_steps_is_slower_than_one_of_one(
 ) -> None:
     calm(monkeypatch)
     pick = ("--backend", "onnxruntime", *QUICK, "--max-slowdown", "20%")
-    code, out, _ = call(bundles["old"], "--against", bundles["new"], *pick)
+    code, out, _ = call("gate", bundles["old"], "--against", bundles["new"], *pick)
     assert (code, "regression" in out, "in the same rounds" in out) == (1, True, True)
-    assert call(bundles["new"], "--against", bundles["old"], *pick)[0] == 0
+    assert call("gate", bundles["new"], "--against", bundles["old"], *pick)[0] == 0
 
 
 def test_unsettled_times_are_exit_4(call: Call, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rpfm_edge.measure.verdict.is_stable", lambda values: False)
     pick = ("--backend", "onnxruntime", "--runs", 10, "--seconds", 0.01, "--limit", 0.5)
-    code, out, _ = call(bundles["new"], "--against", bundles["old"], *pick)
+    code, out, _ = call("gate", bundles["new"], "--against", bundles["old"], *pick)
     assert (code, "the ratio of the two did not settle" in out) == (4, True)
-    code, out, _ = call(bundles["new"], "--save", "main", *pick)
+    code, out, _ = call("save-baseline", bundles["new"], "--baseline", "main", *pick)
     assert (code, "the times did not settle" in out) == (0, True)
     assert "warning: the gate cannot hold the same bundle against these times; save again" in out
-    code, out, _ = call(bundles["new"], "--gate", "main", *pick)
+    code, out, _ = call("gate", bundles["new"], "--baseline", "main", *pick)
     assert (code, "when the baseline was saved, the times did not settle" in out) == (4, True)
 
 
@@ -334,10 +335,10 @@ def test_a_damaged_baseline_is_exit_2(
 ) -> None:
     calm(monkeypatch)
     pick = ("--backend", "onnxruntime", *QUICK, "--baselines", tmp_path / "kept", "--max-slowdown", "99%")
-    call(bundles["new"], "--save", "main", *pick)
+    call("save-baseline", bundles["new"], "--baseline", "main", *pick)
     (file,) = (tmp_path / "kept").glob("*.json")
     file.write_text(file.read_text()[:-100])
-    code, out, _ = call(bundles["new"], "--gate", "main", *pick)
+    code, out, _ = call("gate", bundles["new"], "--baseline", "main", *pick)
     assert (code, f"{file} was altered or cut short" in out) == (2, True)
 
 
@@ -346,10 +347,10 @@ def test_another_device_is_exit_3(
 ) -> None:
     calm(monkeypatch)
     pick = ("--backend", "onnxruntime", *QUICK, "--max-slowdown", "99%")
-    call(bundles["new"], "--save", "main", *pick)
+    call("save-baseline", bundles["new"], "--baseline", "main", *pick)
     here = baseline.fingerprint
     monkeypatch.setattr(baseline, "fingerprint", lambda *given: {**here(*given), "power_mode": "15W"})
-    code, out, _ = call(bundles["new"], "--gate", "main", *pick)
+    code, out, _ = call("gate", bundles["new"], "--baseline", "main", *pick)
     assert (code, "of another device: power_mode was None and is 15W" in out) == (3, True)
 
 
@@ -366,7 +367,8 @@ def test_one_backend_that_fails_does_not_lose_the_other(
         return render(self, *given)
 
     monkeypatch.setattr(Pipeline, "render", failing)
-    code, out, _ = call(bundles["new"], "--save", "main", *QUICK, "--max-slowdown", "99%", "--json")
+    lenient = (*QUICK, "--max-slowdown", "99%", "--json")
+    code, out, _ = call("save-baseline", bundles["new"], "--baseline", "main", *lenient)
     records = {record["backend"]: record for record in json.loads(out.splitlines()[-1])["backends"]}
     assert (code, records["openvino"]["verdict"], records["onnxruntime"]["verdict"]) == (2, "error", "pass")
     assert "the device is gone" in out
@@ -382,15 +384,19 @@ def test_an_engine_whose_library_is_not_here_is_skipped(
     find, missing = runtimes.find_spec, {"openvino"}
     monkeypatch.setattr(runtimes, "find_spec", lambda name: None if name in missing else find(name))
     quick = (*QUICK, "--max-slowdown", "99%", "--json")
-    for way in (("--save", "main"), ("--gate", "main"), ("--against", bundles["new"])):
-        code, out, _ = call(bundles["new"], *way, *quick)
+    for command, *way in (
+        ("save-baseline", "--baseline", "main"),
+        ("gate", "--baseline", "main"),
+        ("gate", "--against", bundles["new"]),
+    ):
+        code, out, _ = call(command, bundles["new"], *way, *quick)
         result = json.loads(out.splitlines()[-1])
         assert (code, [record["backend"] for record in result["backends"]]) == (0, ["onnxruntime"]), way
         assert list(result["skipped"]) == ["openvino"]
         assert "openvino skipped: backend openvino is not installed" in out
-    assert call(bundles["new"], "--gate", "main", "--backend", "openvino", *quick)[0] == 2
+    assert call("gate", bundles["new"], "--baseline", "main", "--backend", "openvino", *quick)[0] == 2
     missing.add("onnxruntime")
-    code, _, err = call(bundles["new"], "--gate", "main", *quick)
+    code, _, err = call("gate", bundles["new"], "--baseline", "main", *quick)
     assert (code, "onnxruntime is not installed" in err) == (2, True)
 
 
@@ -405,7 +411,7 @@ def test_plain_bench_keeps_what_was_measured_before_a_failure(
         return render(self, *given)
 
     monkeypatch.setattr(Pipeline, "render", failing)
-    code, out, _ = call(bundles["new"], "--runs", 3, "--seconds", 0.01)
+    code, out, _ = call("bench", bundles["new"], "--runs", 3, "--seconds", 0.01)
     assert (code, "openvino failed: the device is gone" in out, "onnxruntime" in out) == (2, True, True)
     kept = api.inspect(bundles["new"])["evidence"]["speed"]
     assert [one["backend"] for one in kept["backends"]] == ["onnxruntime"]
@@ -414,30 +420,36 @@ def test_plain_bench_keeps_what_was_measured_before_a_failure(
         api.bench(bundles["new"], "openvino", 3, 0.01)
 
 
-FAULTS: dict[str, tuple[Sequence[Any], str]] = {
-    "two at once": (("--gate", "a", "--save", "b"), "--save and --gate at once"),
-    "no share": (("--gate", "a", "--max-slowdown", "5"), "a slowdown of 5 as the limit"),
-    "no rounds": (("--gate", "a", "--runs", 0), "0 rounds and 3 s within 120 s"),
+FAULTS: dict[str, tuple[str, Sequence[Any], str]] = {
+    "two at once": (
+        "gate",
+        ("--baseline", "a", "--against", "b"),
+        "nothing, or two things, to hold the bundle against",
+    ),
+    "nothing": ("gate", (), "nothing, or two things, to hold the bundle against"),
+    "no share": ("gate", ("--baseline", "a", "--max-slowdown", "5"), "a slowdown of 5 as the limit"),
+    "no rounds": ("gate", ("--baseline", "a", "--rounds", 0), "0 rounds and 3 s within 120 s"),
     "no time": (
-        ("--gate", "a", "--limit", 2),
+        "gate",
+        ("--baseline", "a", "--limit", 2),
         "50 rounds and 3 s within 2 s: expected at least 10 rounds, and seconds from 0",
     ),
-    "no name": (("--save", "a/b"), "baseline name 'a/b'"),
-    "no bundle": (("--against", "absent"), "absent is no artifact"),
-    "no engine": (("--gate", "a", "--backend", "tensorflow"), "unknown backend 'tensorflow'"),
+    "no name": ("save-baseline", ("--baseline", "a/b"), "baseline name 'a/b'"),
+    "no bundle": ("gate", ("--against", "absent"), "absent is no artifact"),
+    "no engine": ("gate", ("--baseline", "a", "--backend", "tensorflow"), "unknown backend 'tensorflow'"),
 }
 
 
 @pytest.mark.parametrize("kind", FAULTS)
 def test_faults_are_one_sentence_and_exit_2(call: Call, bundles: dict[str, Path], kind: str) -> None:
-    given, words = FAULTS[kind]
-    code, out, err = call(bundles["new"], *given)
+    command, given, words = FAULTS[kind]
+    code, out, err = call(command, bundles["new"], *given)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert words in err
 
 
 def test_an_engine_that_the_other_bundle_lacks(call: Call, bundles: dict[str, Path]) -> None:
-    code, _, err = call(bundles["new"], "--against", bundles["old"])
+    code, _, err = call("gate", bundles["new"], "--against", bundles["old"])
     assert (code, "has no engine for openvino" in err) == (2, True)
 
 
@@ -451,7 +463,7 @@ def test_bundles_of_another_size_are_not_compared(
         return replace(found, config={**found.config, "size": [256, 176]}) if "old" in str(path) else found
 
     monkeypatch.setattr(artifact, "load", larger)
-    code, _, err = call(bundles["new"], "--against", bundles["old"], "--backend", "onnxruntime")
+    code, _, err = call("gate", bundles["new"], "--against", bundles["old"], "--backend", "onnxruntime")
     assert (code, "renders 256 × 176" in err, "64 × 48" in err) == (2, True, True)
 
 

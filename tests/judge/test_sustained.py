@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rpfm_edge.core.errors import ConfigError
-from rpfm_edge.judge.sustained import draw, panels, sustain, write
+from rpfm_edge.judge.sustained import draw, panels, watch, write
 from rpfm_edge.report import plots
 
 
@@ -38,7 +38,7 @@ class Device:
 
 def test_a_device_that_slows_down(monkeypatch: pytest.MonkeyPatch) -> None:
     device, kept = Device(monkeypatch, slow_at_s=30.05), []
-    result = sustain(device.frame, 1.0, keep=kept.append, read=device.read)
+    result = watch(device.frame, 1.0, keep=kept.append, read=device.read)
     rates = [window["fps"] for window in result["windows"]]
     assert rates == pytest.approx([10, 10, 10, 5, 5, 5], rel=0.03)
     assert result["held"] == pytest.approx(0.5, rel=0.03)
@@ -59,7 +59,7 @@ def test_a_failure_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_
             raise RuntimeError("the backend is gone")
 
     with pytest.raises(RuntimeError):
-        sustain(frame, 1.0, keep=lambda result: write(result, tmp_path), read=device.read)
+        watch(frame, 1.0, keep=lambda result: write(result, tmp_path), read=device.read)
     kept = json.loads((tmp_path / "sustained.json").read_text())
     assert len(kept["windows"]) == 2
     draw(kept, tmp_path)
@@ -71,7 +71,7 @@ def test_a_failure_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_
 @pytest.mark.parametrize("minutes", [0.1, -1, float("nan"), float("inf")])
 def test_a_time_that_cannot_be(minutes: float) -> None:
     with pytest.raises(ConfigError, match=rf"of {minutes:g} minutes: expected at least 20 s, two windows, and finite"):
-        sustain(lambda: None, minutes)
+        watch(lambda: None, minutes)
 
 
 def test_longer_bars_for_greater_values() -> None:

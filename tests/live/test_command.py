@@ -35,7 +35,7 @@ def test_the_command_serves_until_a_signal_and_writes_what_it_measured(
 ) -> None:
     out = tmp_path / "report"
     options = ("--source", str(picture), "--port", "0", "--report", str(out))
-    command = (sys.executable, "-m", "rpfm_edge.cli", "live", str(live_bundle), *options)
+    command = (sys.executable, "-m", "rpfm_edge", "live", str(live_bundle), *options)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         first = process.stdout.readline()
@@ -58,7 +58,7 @@ def test_the_command_serves_until_a_signal_and_writes_what_it_measured(
 
 def test_any_other_address_needs_the_token_and_says_so(live_bundle: Path, picture: Path, tmp_path: Path) -> None:
     options = ("--source", str(picture), "--host", "0.0.0.0", "--port", "0", "--report", str(tmp_path / "report"))
-    command = (sys.executable, "-m", "rpfm_edge.cli", "live", str(live_bundle), *options)
+    command = (sys.executable, "-m", "rpfm_edge", "live", str(live_bundle), *options)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         said = ""
@@ -79,7 +79,7 @@ def test_any_other_address_needs_the_token_and_says_so(live_bundle: Path, pictur
 def test_a_session_is_recorded(live_bundle: Path, picture: Path, tmp_path: Path, poses: np.ndarray) -> None:
     pytest.importorskip("av")
     options = ("--source", str(picture), "--port", "0", "--report", str(tmp_path / "report"))
-    command = (sys.executable, "-m", "rpfm_edge.cli", "live", str(live_bundle), *options)
+    command = (sys.executable, "-m", "rpfm_edge", "live", str(live_bundle), *options)
     with subprocess.Popen((*command, "--record", str(tmp_path / "live.mp4")), stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         first = process.stdout.readline().decode()
@@ -132,7 +132,7 @@ def test_what_came_before_a_fault_is_recorded(tmp_path: Path, sources: list[np.n
 def test_the_token_of_a_file_is_not_told_to_a_log(live_bundle: Path, picture: Path, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("0123456789abcdef")
     options = ("--source", str(picture), "--host", "0.0.0.0", "--port", "0", "--report", str(tmp_path / "report"))
-    command = (sys.executable, "-m", "rpfm_edge.cli", "live", str(live_bundle), *options)
+    command = (sys.executable, "-m", "rpfm_edge", "live", str(live_bundle), *options)
     with subprocess.Popen((*command, "--token-file", str(tmp_path / "token")), stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         first = process.stdout.readline()
@@ -167,7 +167,7 @@ def test_a_report_that_cannot_be_written_is_refused_at_the_start(
 ) -> None:
     (tmp_path / "report").touch()
     options = ("--source", str(picture), "--port", "0", "--report", str(tmp_path / "report"))
-    command = (sys.executable, "-m", "rpfm_edge.cli", "live", str(live_bundle), *options)
+    command = (sys.executable, "-m", "rpfm_edge", "live", str(live_bundle), *options)
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert f"{tmp_path / 'report'}: File exists" in ended.stderr

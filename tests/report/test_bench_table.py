@@ -1,4 +1,4 @@
-"""``rpfm-edge bench --stages`` and ``--sustained`` on a real, tiny bundle."""
+"""``rpfm-edge profile`` and ``sustain`` on a real, tiny bundle."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def bundle(built: Path, tmp_path: Path) -> Path:
 
 
 def test_stages(bundle: Path) -> None:
-    result = CliRunner().invoke(app, ["bench", str(bundle), "--stages", "--runs", "3"])
+    result = CliRunner().invoke(app, ["profile", str(bundle), "--rounds", "3"])
     assert result.exit_code == 0, result.output
     for text in ("pose drawing", "pose encoder", "step 2", "decoder", "calls and copies", "torch cannot say"):
         assert text in " ".join(result.output.split())
@@ -42,22 +42,22 @@ def test_stages(bundle: Path) -> None:
 
 def test_the_stages_of_one_backend_leave_the_evidence_of_all(tiny_graph: Artifact, tmp_path: Path) -> None:
     bundle = api.build(tiny_graph.path, tmp_path / "bundle", ["openvino", "onnxruntime"]).path
-    api.stages(bundle, rounds=3)
+    api.profile(bundle, rounds=3)
     before = api.inspect(bundle)["evidence"]["stages"]
     assert [one["backend"] for one in before["backends"]] == ["openvino", "onnxruntime"]
-    assert [one["backend"] for one in api.stages(bundle, "onnxruntime", rounds=3)["backends"]] == ["onnxruntime"]
+    assert [one["backend"] for one in api.profile(bundle, "onnxruntime", rounds=3)["backends"]] == ["onnxruntime"]
     assert api.inspect(bundle)["evidence"]["stages"] == before
 
 
 @pytest.mark.parametrize("runs", ["-5", "0"])
 def test_no_rounds_are_refused(bundle: Path, runs: str) -> None:
-    result = CliRunner().invoke(app, ["bench", str(bundle), "--stages", "--runs", runs])
+    result = CliRunner().invoke(app, ["profile", str(bundle), "--rounds", runs])
     assert isinstance(result.exception, ConfigError)
     assert f"{runs} rounds: expected at least 1" in str(result.exception)
 
 
 def test_no_backend_can_tell(bundle: Path) -> None:
-    result = CliRunner().invoke(app, ["bench", str(bundle), "--backend", "torch", "--stages"])
+    result = CliRunner().invoke(app, ["profile", str(bundle), "--backend", "torch"])
     assert result.exit_code != 0
     assert "torch cannot say what each layer costs" in str(result.exception)
 
@@ -67,7 +67,7 @@ def test_stages_skip_an_engine_whose_library_is_not_here(
 ) -> None:
     bundle, find = api.build(tiny_graph.path, tmp_path / "b", ["openvino", "onnxruntime"]).path, runtimes.find_spec
     monkeypatch.setattr(runtimes, "find_spec", lambda name: None if name == "openvino" else find(name))
-    result = CliRunner().invoke(app, ["bench", str(bundle), "--stages", "--runs", "3"])
+    result = CliRunner().invoke(app, ["profile", str(bundle), "--rounds", "3"])
     assert result.exit_code == 0, result.output
     assert "openvino: backend openvino is not installed" in " ".join(result.output.split())
     assert [one["backend"] for one in api.inspect(bundle)["evidence"]["stages"]["backends"]] == ["onnxruntime"]
@@ -77,15 +77,15 @@ def test_the_profile_without_onnx(bundle: Path, monkeypatch: pytest.MonkeyPatch)
     """A device is told to install onnx, and nothing heavier."""
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(BackendError, match=r"onnx is not installed .* run: pip install 'rpfm-edge\[profile\]'"):
-        api.stages(bundle, "openvino", rounds=3)
+        api.profile(bundle, "openvino", rounds=3)
     declared = (Path(api.__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
     assert re.search(r'^profile = \["onnx[^"]*"\]', declared, re.MULTILINE)
 
 
 def test_sustained(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sustained.sustain, "__defaults__", (0.2, *sustained.sustain.__defaults__[1:]))
+    monkeypatch.setattr(sustained.watch, "__defaults__", (0.2, *sustained.watch.__defaults__[1:]))
     out = tmp_path / "out"
-    result = CliRunner().invoke(app, ["bench", str(bundle), "--sustained", "0.01", "--out", str(out)])
+    result = CliRunner().invoke(app, ["sustain", str(bundle), "--minutes", "0.01", "--out", str(out)])
     assert result.exit_code == 0, result.output
     found = json.loads((out / "sustained.json").read_text())
     assert (len(found["windows"]), found["backend"]) == (3, "openvino")
@@ -96,12 +96,12 @@ def test_sustained(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_sustained_without_matplotlib(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All windows are kept; what is missing is the plot, and no older one is left beside them."""
-    monkeypatch.setattr(sustained.sustain, "__defaults__", (0.2, *sustained.sustain.__defaults__[1:]))
+    monkeypatch.setattr(sustained.watch, "__defaults__", (0.2, *sustained.watch.__defaults__[1:]))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     out = tmp_path / "out"
     out.mkdir()
     (out / "sustained.png").write_bytes(b"of another day")
-    result = CliRunner().invoke(app, ["bench", str(bundle), "--sustained", "0.01", "--out", str(out)])
+    result = CliRunner().invoke(app, ["sustain", str(bundle), "--minutes", "0.01", "--out", str(out)])
     assert result.exit_code == 0, result.output
     assert len(json.loads((out / "sustained.json").read_text())["windows"]) == 3
     assert not (out / "sustained.png").exists()

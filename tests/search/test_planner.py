@@ -140,8 +140,8 @@ def test_a_budget_that_nothing_meets_keeps_the_frontier_and_writes_no_graph(
 ) -> None:
     budget = tmp_path / "budget.toml"
     budget.write_text("[drift]\nssim_min = 1.5\n")
-    command = ["quantize", str(tiny_graph.path), "--data", "sample", "--out", str(tmp_path / "out")]
-    command += ["--precision", "auto", "--target", "openvino", "--budget", str(budget), "--pairs", "2"]
+    command = ["plan", str(tiny_graph.path), "--data", "sample", "--out", str(tmp_path / "out")]
+    command += ["--target", "openvino", "--budget", str(budget), "--pairs", "2"]
     result = CliRunner().invoke(app, [*command, "--samples", "8", "--points", "1", "--json"])
     assert result.exit_code == 1
     assert not (tmp_path / "out").exists()
@@ -235,13 +235,6 @@ def test_faults_are_one_sentence(tiny_graph: Artifact, tmp_path: Path, changes: 
     assert not (tmp_path / "out").exists()
 
 
-def test_options_of_auto_are_refused_elsewhere(tiny_graph: Artifact, tmp_path: Path) -> None:
-    command = ["quantize", str(tiny_graph.path), "--data", "sample", "--out", str(tmp_path / "out"), "--precision"]
-    result = CliRunner().invoke(app, [*command, "fp16", "--target", "openvino"])
-    assert isinstance(result.exception, ConfigError)
-    assert "--target with precision fp16" in str(result.exception)
-
-
 def test_a_quantized_graph_is_refused(planned: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     out, _ = planned
     with pytest.raises(ArtifactError, match="already"):
@@ -255,8 +248,8 @@ def test_without_scikit_image_the_graph_is_written_and_the_column_of_ssim_holds_
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "skimage" else find_spec(name))
     budget = tmp_path / "budget.toml"
     budget.write_text("[drift]\npsnr_db_min = 15\n")
-    command = ["quantize", str(tiny_graph.path), "--data", "sample", "--out", str(tmp_path / "out"), "--pairs", "2"]
-    command += ["--precision", "auto", "--target", "openvino", "--budget", str(budget), "--samples", "8"]
+    command = ["plan", str(tiny_graph.path), "--data", "sample", "--out", str(tmp_path / "out"), "--pairs", "2"]
+    command += ["--target", "openvino", "--budget", str(budget), "--samples", "8"]
     result = CliRunner().invoke(app, [*command, "--points", "1"])
     assert result.exit_code == 0, result.output
     chosen = json.loads((artifact.load(tmp_path / "out", "graph").path / "evidence" / "plan.json").read_text())
@@ -328,11 +321,3 @@ def test_other_pictures_under_the_same_names_are_rendered_again(tiny_graph: Arti
     pairs = held_out.draw_pairs(open_splits("sample").validation, 2, size, shape, 0)
     changed = [replace(pairs, **{name: 255 - getattr(pairs, name)}) for name in ("sources", "poses", "truths")]
     assert len({pairs.digest, *(other.digest for other in changed)}) == 4
-
-
-def test_a_method_with_auto_is_refused(tiny_graph: Artifact, tmp_path: Path) -> None:
-    command = ["quantize", str(tiny_graph.path), "--data", "sample", "--out", str(tmp_path / "out")]
-    command += ["--precision", "auto", "--target", "openvino", "--method", "sweep"]
-    result = CliRunner().invoke(app, command)
-    assert isinstance(result.exception, ConfigError)
-    assert "a method with precision auto" in str(result.exception)
