@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-import runtimes
 from rpfm_edge import api
 from rpfm_edge.core import artifact, shipped
+from rpfm_edge.core.backends import BACKENDS
 from rpfm_edge.core.errors import RpfmError
 from rpfm_edge.judge.baseline import FOLDER
 from rpfm_edge.measure import device_state, machine
@@ -95,7 +95,7 @@ def cases(bundle: str | None, student: str, steps: Sequence[int]) -> list[Case]:
         return [Case(loaded.path, backend, *facts) for backend in config["backends"]]
     size = tuple(artifact.load(shipped.resolve(student), "student").config["size"])
     precisions = {"torch": ("fp32",), "torch-tensorrt": ("fp32", "fp16")}
-    pairs = [(b, p) for b in runtimes.BACKENDS for p in precisions.get(b, ("fp32", "fp16", "int8"))]
+    pairs = [(b, p) for b in BACKENDS for p in precisions.get(b, ("fp32", "fp16", "int8"))]
     return [Case(None, backend, precision, count, size) for count in steps for backend, precision in pairs]
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rpfm_edge.core.backends import BACKENDS
 from rpfm_edge.core.errors import BackendError, ConfigError
 from rpfm_edge.core.precisions import Precision, supports
 from rpfm_edge.measure import jetson
@@ -27,11 +28,10 @@ CPU_FLAGS = (  # instructions that decide the speed of INT8, BF16 and FP16
 )
 LIBRARIES = (
     *("numpy", "opencv-python-headless", "rich", "safetensors", "typer"),
-    *("openvino", "onnxruntime", "torch", "onnx", "onnxscript", "onnxsim", "nncf", "diffusers", "accelerate"),
-    *("scikit-image", "matplotlib", "jinja2", "psutil", "lmdb", "tensorrt", "tensorrt-rtx", "cuda-bindings"),
-    "jetson-stats",
+    *(distribution for row in BACKENDS.values() for distribution in row.distributions),
+    *("onnx", "onnxscript", "onnxsim", "nncf", "diffusers", "accelerate"),
+    *("scikit-image", "matplotlib", "jinja2", "psutil", "lmdb", "jetson-stats"),
 )
-TENSORRT = ("tensorrt", "tensorrt_rtx", "tensorrt_lean", "tensorrt_dispatch")  # any one serves the backend tensorrt
 
 
 def doctor(precision: str | None = None) -> dict[str, Any]:
@@ -194,7 +194,8 @@ def _version(distribution: str) -> str | None:
 def _installed(distribution: str) -> bool:
     """By its name, or by that of its package (onnxruntime-gpu gives onnxruntime too), or by one that does as well."""
     module = re.sub(r"[-.]", "_", distribution)
-    return bool(_version(distribution)) or any(map(find_spec, TENSORRT if module in TENSORRT else [module]))
+    same = next((row.libraries for row in BACKENDS.values() if module in row.libraries), (module,))
+    return bool(_version(distribution)) or any(map(find_spec, same))
 
 
 def _install(extra: str) -> str:

@@ -7,6 +7,7 @@ from importlib.metadata import packages_distributions
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, cast
 
+from rpfm_edge.core.backends import BACKENDS
 from rpfm_edge.core.errors import BackendError
 from rpfm_edge.core.runtime import Runtime
 
@@ -16,27 +17,18 @@ if TYPE_CHECKING:
 
     _RUNTIMES: tuple[Runtime, ...] = (ov, ort, trt, torch_trt, torch_reference)  # modules, which mypy holds to Runtime
 
-# name → (module here, import names of the libraries of which it needs one, extra of rpfm-edge that installs it)
-BACKENDS = {
-    "openvino": ("runtimes.ov", "openvino", "openvino"),
-    "onnxruntime": ("runtimes.ort", "onnxruntime", "onnxruntime"),
-    "tensorrt": ("runtimes.trt.backend", "tensorrt or tensorrt_rtx or tensorrt_lean or tensorrt_dispatch", "tensorrt"),
-    "torch-tensorrt": ("runtimes.torch_trt", "torch_tensorrt", "torch-tensorrt"),
-    "torch": ("runtimes.torch_reference", "torch", "distill"),
-}
-
 
 def load(name: str) -> Runtime:
     """The backend ``name``; raises ``BackendError`` if it is unknown, not installed or cannot be imported."""
     if name not in BACKENDS:
         raise BackendError(f"unknown backend {name!r}", expected=f"one of {sorted(BACKENDS)}", fix="check the spelling")
-    module, needs, extra = BACKENDS[name]
-    library = next((library for library in needs.split(" or ") if find_spec(library)), None)
+    backend = BACKENDS[name]
+    library = next((library for library in backend.libraries if find_spec(library)), None)
     if library is None:
-        install = f"run: pip install 'rpfm-edge[{extra}]'"
+        install, needs = f"run: pip install 'rpfm-edge[{backend.extra}]'", " or ".join(backend.libraries)
         raise BackendError(f"backend {name} is not installed", expected=f"the package {needs}", fix=install)
     try:
-        return cast(Runtime, import_module(module))
+        return cast(Runtime, import_module(backend.module))
     except Exception as error:  # a broken library fails in any way: by what it lacks, or by what it checks itself
         raise BackendError(
             f"backend {name} cannot be imported ({error})",

@@ -30,6 +30,7 @@ from rpfm_edge.bundle.pipeline import Pipeline
 from rpfm_edge.cli import _finish, app
 from rpfm_edge.core import artifact
 from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.backends import BACKENDS
 from rpfm_edge.core.errors import ArtifactError, ConfigError, InputError, SignatureError
 from rpfm_edge.core.files import file_digest
 from tests.distill.tiny import SIZE
@@ -291,7 +292,7 @@ def test_a_recipe_with_an_unknown_key(call: Call, tmp_path: Path) -> None:
 
 
 def test_an_unknown_backend(call: Call, made: dict[str, Path], tmp_path: Path) -> None:
-    known = str(sorted(runtimes.BACKENDS))
+    known = str(sorted(BACKENDS))
     is_fault(render(call, made, tmp_path / "out.png", backend="tensorflow"), "'tensorflow'", known)
     is_fault(call("bench", made["bundle"], "--backend", "tensorflow"), "'tensorflow'", known)
     is_fault(call("build", made["graph"], "--target", "tensorflow", "--out", tmp_path / "b"), "'tensorflow'", known)

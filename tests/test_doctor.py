@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,7 @@ import rpfm_edge
 import runtimes
 from rpfm_edge import doctor
 from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.backends import BACKENDS
 from rpfm_edge.core.errors import BackendError, ConfigError
 from runtimes.trt import cuda as trt_cuda
 
@@ -51,7 +53,7 @@ def test_diagnosis_is_of_this_machine(diagnosis: dict[str, Any]) -> None:
 
 
 def test_backends_are_those_that_load(diagnosis: dict[str, Any]) -> None:
-    assert set(diagnosis["backends"]) == set(runtimes.BACKENDS)
+    assert set(diagnosis["backends"]) == set(BACKENDS)
     for library in ("openvino", "onnxruntime", "torch"):  # whose backends need nothing but the library
         assert (diagnosis["backends"][library] is None) == (find_spec(library) is not None)
     assert bool(diagnosis["openvino_devices"]) == (diagnosis["backends"]["openvino"] is None)
@@ -108,7 +110,7 @@ def test_the_table_has_it_all(
 def test_the_pip_line_of_a_missing_backend(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(runtimes.BACKENDS, "openvino", ("runtimes.ov", "no_such_library", "openvino"))
+    monkeypatch.setitem(BACKENDS, "openvino", replace(BACKENDS["openvino"], libraries=("no_such_library",)))
     found = doctor.doctor()
     assert found["openvino_devices"] == {}
     assert "pip install 'rpfm-edge[openvino]'" in shown(found, capsys, monkeypatch)

@@ -11,8 +11,8 @@ from typing import Any
 
 import runtimes
 from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.backends import BACKENDS, runs_student
 from rpfm_edge.core.errors import ArtifactError, BackendError, ParityError, RpfmError, SignatureError
-from rpfm_edge.core.precisions import STUDENT_ONLY
 from rpfm_edge.core.runtime import Runtime
 from rpfm_edge.measure.machine import where
 
@@ -22,7 +22,6 @@ def size_bytes(bundle: Artifact, backend: str) -> int:
     return sum((bundle.path / n).stat().st_size for n in bundle.files if n.startswith(f"engines/{backend}/"))
 
 
-ON_GPU = ("tensorrt", "torch-tensorrt")  # whose engines belong to one GPU
 REFUSALS = (ArtifactError, BackendError, ParityError, SignatureError, RuntimeError)  # of a graph or an engine
 
 
@@ -40,7 +39,7 @@ def built_by(backend: str, options: Mapping[str, Any]) -> list[Any]:
 
 def device(backend: str) -> dict[str, Any]:
     """What an engine runs on, so that work that was copied from another machine is not taken for this one's."""
-    if backend in ON_GPU:
+    if BACKENDS[backend].on_gpu:
         return asdict(import_module("runtimes.trt.cuda").device())
     return {name: fact for name, fact in where().items() if name in ("cpu", "board")}
 
@@ -60,7 +59,7 @@ def require_engine(bundle: Artifact, backend: str) -> Runtime:
 
 
 def _how_to_add(bundle: Path, backend: str) -> str:
-    if backend in STUDENT_ONLY:  # whose student a bundle does not carry
+    if runs_student(backend):  # whose student a bundle does not carry
         return f"build it from the graph, which has the student: rpfm-edge build GRAPH --target {backend} --out BUNDLE"
     path = shlex.quote(str(bundle))
     return f"run: rpfm-edge build {path} --target {backend} --out {path}"

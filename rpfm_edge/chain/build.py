@@ -13,6 +13,7 @@ import numpy as np
 import runtimes
 from rpfm_edge.core import artifact, shipped
 from rpfm_edge.core.artifact import EVIDENCE, Artifact, Stage, tool_versions
+from rpfm_edge.core.backends import BACKENDS
 from rpfm_edge.core.errors import BackendError, ConfigError, warn
 from rpfm_edge.core.files import write_bytes
 from rpfm_edge.core.precisions import require_backends
@@ -41,7 +42,7 @@ def build(
     """
     targets, out = [target] if isinstance(target, str) else list(target), Path(out)
     if not targets:
-        raise ConfigError("no target", expected=f"one of {sorted(runtimes.BACKENDS)}", fix="give --target")
+        raise ConfigError("no target", expected=f"one of {sorted(BACKENDS)}", fix="give --target")
     if idle := sorted(set(options or {}) - set(targets)):
         raise ConfigError(
             f"options of {idle[0]!r}, which is no target", expected=f"one of {list(targets)}", fix="correct the name"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
+from rpfm_edge.core.backends import BACKENDS, runs_student
 from rpfm_edge.core.errors import ConfigError
 
 GPUS = {  # precision → the least compute capability whose tensor cores compute in it, and who has it; the rest: all
@@ -24,8 +25,6 @@ def supports(facts: Mapping[str, Any], precision: str) -> bool | None:
 Precision = Literal["fp32", "fp16", "int8", "int8-weights", "int4-weights", "fp8", "nvfp4"]
 CALIBRATED = ("int8", "fp8", "nvfp4")  # on samples
 LEAST_SAMPLES = 8  # fewer show too little of the range of an activation
-STUDENT_ONLY = ("torch", "torch-tensorrt")  # they run the student itself, not its graphs, so FP32 alone
-BACKENDS = {"fp8": ("tensorrt",), "nvfp4": ("tensorrt",)}  # a precision that is not listed runs on all
 
 
 def require_samples(what: str, samples: int, precisions: Iterable[str]) -> None:
@@ -39,16 +38,23 @@ def require_samples(what: str, samples: int, precisions: Iterable[str]) -> None:
 
 def computes(backend: str, precision: str) -> bool:
     """Whether there is an engine of a student in ``precision`` for ``backend``."""
-    return backend in BACKENDS.get(precision, (backend,)) and (precision == "fp32" or backend not in STUDENT_ONLY)
+    return _fits(backend, precision) and (precision == "fp32" or not runs_student(backend))
+
+
+def _fits(backend: str, precision: str) -> bool:
+    """Whether ``backend`` computes in ``precision``, which all do but for those that only some rows name."""
+    named = [name for name, row in BACKENDS.items() if precision in row.narrow]
+    return not named or backend in named
 
 
 def require_backends(precision: str, backends: Iterable[str]) -> None:
     """Raise ``ConfigError`` for the first of ``backends`` that does not compute in ``precision``."""
     for backend in backends:
-        if backend not in BACKENDS.get(precision, (backend,)):
+        if not _fits(backend, precision):
+            able = [name for name in BACKENDS if _fits(name, precision)]
             raise ConfigError(
                 f"{backend} does not compute in {precision}",
-                expected=f"the backend {' or '.join(BACKENDS[precision])}",
+                expected=f"the backend {' or '.join(able)}",
                 fix=f"quantize to int8 or fp16 for {backend}",
             )
 

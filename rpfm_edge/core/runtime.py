@@ -1,6 +1,6 @@
 """What every backend offers: three verbs, build, open and profile, and a session that runs a graph.
 
-The table of backends is ``runtimes.BACKENDS``; ``runtimes.load(name)`` returns one of these.
+The table of backends is ``core.backends.BACKENDS``; ``runtimes.load(name)`` returns one of these.
 """
 
 from __future__ import annotations

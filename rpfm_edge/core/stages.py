@@ -15,11 +15,13 @@ from rich.console import Console
 
 from rpfm_edge.core import artifact, shipped
 from rpfm_edge.core.artifact import tool_versions
+from rpfm_edge.core.backends import BACKENDS
 from rpfm_edge.core.errors import ArtifactError
 from rpfm_edge.core.files import file_digest, json_digest, write_text
 
 console = Console(stderr=True)
-LIBRARIES = ("torch", "onnx", "onnxsim", "onnxruntime", "onnxruntime-gpu", "nncf", "openvino")
+ENGINES = (distribution for row in BACKENDS.values() if not row.on_gpu for distribution in row.distributions)
+LIBRARIES = ("onnx", "onnxsim", "nncf", *ENGINES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,17 +8,18 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import runtimes
 from rpfm_edge.core import artifact, shipped
+from rpfm_edge.core.backends import BACKENDS, runs_student
 from rpfm_edge.core.config import parse, read_toml
 from rpfm_edge.core.errors import ArtifactError, BackendError, ConfigError
 from rpfm_edge.core.flow import MAP_STEPS, check_steps
-from rpfm_edge.core.precisions import STUDENT_ONLY, check_method, computes, require_backends, require_samples
+from rpfm_edge.core.precisions import check_method, computes, require_backends, require_samples
 from rpfm_edge.core.training import SMALL_MULTIPLE, check_size
 from rpfm_edge.measure.budget import Budget, require_distances
-from rpfm_edge.recipe.schema import Backend, BuildTable, DistillTable, Recipe, RenderTable, TeacherTable
+from rpfm_edge.recipe.schema import BuildTable, DistillTable, Recipe, RenderTable, TeacherTable
 
 
 def load_recipe(path: Path | str) -> Recipe:
@@ -38,6 +39,8 @@ def load_recipe(path: Path | str) -> Recipe:
             fix="write [[distill]], and its trajectories, store_seconds and targets_per_source as trajectories, "
             "seconds and targets_per_source of [store]; to skip it, leave it out",
         )
+    if isinstance(table.get("build"), Mapping):
+        table["build"] = _by_backend(table["build"], f"{path} [build]")
     recipe = parse(Recipe, table, str(path))
     _check_names(recipe, str(path))
     _check_teacher(recipe.teacher, str(path))
@@ -52,6 +55,24 @@ def load_recipe(path: Path | str) -> Recipe:
     Budget.from_dict(recipe.validate.budget, f"{path} [validate.budget]")
     _check_render(recipe.render, str(path))
     return recipe
+
+
+def _by_backend(table: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """[build] with the tables of backends as its ``options``; the key of a backend has _ for -."""
+    names = {name.replace("-", "_"): name for name in BACKENDS}
+    for key, value in table.items():
+        if key not in ("targets", *names):
+            known = ["targets", *names]
+            raise ConfigError(f"{where}: unknown key {key!r}", expected=f"one of {known}", fix="check the spelling")
+        if key in names and not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: {key} = {value!r}", expected="a table", fix="correct the value")
+    targets = table.get("targets", ())
+    if isinstance(targets, list) and (unknown := [one for one in targets if one not in BACKENDS]):
+        raise ConfigError(
+            f"{where}: targets = {targets}", expected=f"of {[*BACKENDS]}", fix=f"check the spelling of {unknown[0]!r}"
+        )
+    options = {names[key]: value for key, value in table.items() if key in names and value}
+    return {key: table[key] for key in table if key == "targets"} | {"options": options}
 
 
 def _check_teacher(table: TeacherTable, where: str) -> None:
@@ -112,7 +133,7 @@ def _check_targets(recipe: Recipe, where: str) -> None:
         raise ConfigError(f"{where} [build]: targets = []", expected="at least one", fix="name one, or leave it out")
     asked: list[tuple[str, str]] = [("[quantize]: precision", table.precision)]
     asked += [("[quantize]: also", precision) for precision in table.also]
-    unfit = [(key, one) for key, one in asked if one != "fp32" and set(targets) & set(STUDENT_ONLY)]
+    unfit = [(key, one) for key, one in asked if one != "fp32" and any(map(runs_student, targets))]
     if recipe.frontier:
         measured = [("[frontier]: precisions", one) for one in recipe.frontier.precisions]
         unfit += [(key, one) for key, one in measured if not any(computes(target, one) for target in targets)]
@@ -128,7 +149,7 @@ def _check_targets(recipe: Recipe, where: str) -> None:
 
 def _check_options(table: BuildTable, where: str) -> None:
     """Options are those of targets. A backend that is not here is asked when it builds, what its options may be."""
-    for backend in (backend for backend in get_args(Backend) if table.options(backend)):
+    for backend, options in table.options.items():
         title = f"{where} [build.{backend.replace('-', '_')}]"
         if backend not in table.targets:
             raise ConfigError(
@@ -136,7 +157,7 @@ def _check_options(table: BuildTable, where: str) -> None:
             )
         with suppress(BackendError):  # not installed, or without that device: what is built elsewhere is trained here
             try:
-                runtimes.load(backend).checked_options(table.options(backend))
+                runtimes.load(backend).checked_options(options)
             except ConfigError as error:
                 raise ConfigError(f"{title}: {error.problem}", expected=error.expected, fix=error.fix) from None
 

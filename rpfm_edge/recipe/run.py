@@ -156,7 +156,7 @@ def _quantize(recipe: Recipe, stages: Stages, student: str) -> dict[str, Path]:
 def _plan(recipe: Recipe, stages: Stages, graph: Path, out: Path) -> None:
     """The fastest precision per layer on the first target."""
     target, table, seed = recipe.build.targets[0], recipe.quantize, recipe.seed
-    options: dict[str, dict[str, Any]] = {target: recipe.build.options(target)}
+    options: dict[str, dict[str, Any]] = {target: recipe.build.options_of(target)}
 
     def make() -> None:
         found = plan(graph, recipe.data, out, target, table.budget, None, options, samples=table.samples, seed=seed)
@@ -175,7 +175,7 @@ def _plan(recipe: Recipe, stages: Stages, graph: Path, out: Path) -> None:
 def _build(recipe: Recipe, stages: Stages, precision: str, graph: Path) -> Path:
     chosen = precision == recipe.quantize.precision
     out = stages.folder / "bundle" if chosen else stages.folder / "bundles" / precision
-    options: dict[str, dict[str, Any]] = {name: recipe.build.options(name) for name in recipe.build.targets}
+    options: dict[str, dict[str, Any]] = {name: recipe.build.options_of(name) for name in recipe.build.targets}
     targets = list(recipe.build.targets)
     made_by = [targets, _built_by(recipe)]
     compiled = partial(build, graph, out, targets, options)
@@ -185,7 +185,7 @@ def _build(recipe: Recipe, stages: Stages, precision: str, graph: Path) -> Path:
 
 def _built_by(recipe: Recipe) -> dict[str, Any]:
     """Target → what its engines and their speed depend on."""
-    return {target: built_by(target, recipe.build.options(target)) for target in recipe.build.targets}
+    return {target: built_by(target, recipe.build.options_of(target)) for target in recipe.build.targets}
 
 
 def _missing() -> list[str]:
@@ -213,7 +213,7 @@ def _frontier(recipe: Recipe, stages: Stages, teacher: str | Path, student: str)
         return
     out, bench = stages.folder / "frontier", asdict(recipe.bench)
     targets = recipe.build.targets
-    options = {name: recipe.build.options(name) for name in targets}
+    options = {name: recipe.build.options_of(name) for name in targets}
     config = {**asdict(recipe.frontier), "backends": targets, "options": options, "seed": recipe.seed, **bench}
     stages.once(
         "frontier",

@@ -9,8 +9,6 @@ from typing import Any, Literal
 from rpfm_edge.core.precisions import Method, Precision
 from rpfm_edge.core.training import Distillation, QadTable, TeacherTraining
 
-Backend = Literal["openvino", "onnxruntime", "tensorrt", "torch-tensorrt", "torch"]
-
 
 @dataclass(frozen=True, slots=True)
 class TeacherTable(TeacherTraining):
@@ -62,18 +60,14 @@ class QuantizeTable:
 
 @dataclass(frozen=True, slots=True)
 class BuildTable:
-    """``targets`` in order of preference; options per backend in [build.openvino] and so on."""
+    """``targets`` in order of preference; ``options`` per backend, those of [build.openvino] and so on."""
 
-    targets: tuple[Backend, ...] = ("openvino", "onnxruntime")
-    openvino: Mapping[str, Any] = field(default_factory=dict)
-    onnxruntime: Mapping[str, Any] = field(default_factory=dict)
-    tensorrt: Mapping[str, Any] = field(default_factory=dict)
-    torch_tensorrt: Mapping[str, Any] = field(default_factory=dict)
-    torch: Mapping[str, Any] = field(default_factory=dict)
+    targets: tuple[str, ...] = ("openvino", "onnxruntime")
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
-    def options(self, backend: str) -> dict[str, Any]:
-        """Those of [build.BACKEND], with _ for - in the backend's name."""
-        return dict(getattr(self, backend.replace("-", "_")))
+    def options_of(self, backend: str) -> dict[str, Any]:
+        """Those of one backend."""
+        return dict(self.options.get(backend, {}))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from rpfm_edge.core.backends import BACKENDS
 from rpfm_edge.core.errors import ConfigError
 from rpfm_edge.core.files import write_text
 from rpfm_edge.core.flow import plural
@@ -25,14 +26,7 @@ COLUMNS = (
     "PSNR to the truth (dB)",
     "Size (MiB)",
 )
-NAMES = {
-    "openvino": "OpenVINO",
-    "onnxruntime": "ONNX Runtime",
-    "tensorrt": "TensorRT",
-    "torch-tensorrt": "Torch-TensorRT",
-    "torch": "Student, torch",
-    "teacher": "Teacher, Euler",
-}
+NAMES = {**{name: row.title for name, row in BACKENDS.items()}, "teacher": "Teacher, Euler"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from rpfm_edge.bundle.pipeline import Pipeline
 from rpfm_edge.chain.build import build
 from rpfm_edge.chain.graph import quantize
 from rpfm_edge.core import artifact, shipped
+from rpfm_edge.core.backends import BACKENDS
 from rpfm_edge.core.config import without_none
 from rpfm_edge.core.errors import BackendError, ConfigError
 from rpfm_edge.core.extras import require_module
@@ -146,7 +147,7 @@ def _candidates(
     steps: Sequence[int], precisions: Sequence[str], backends: Sequence[str], options: Mapping[str, Any]
 ) -> list[Candidate]:
     """Every combination, and eager torch, which runs the float student only."""
-    for what, given, known in (("precision", precisions, PRECISIONS), ("backend", backends, sorted(runtimes.BACKENDS))):
+    for what, given, known in (("precision", precisions, PRECISIONS), ("backend", backends, sorted(BACKENDS))):
         if unknown := [one for one in given if one not in known]:
             raise ConfigError(f"unknown {what} {unknown[0]!r}", expected=f"one of {known}", fix="check the spelling")
     if not steps or min(steps) < 1:

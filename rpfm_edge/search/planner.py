@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,11 +26,11 @@ from rpfm_edge.bundle.engines import REFUSALS, built_by
 from rpfm_edge.chain.graph import _check_data, _check_steps, _export
 from rpfm_edge.core import artifact, shipped
 from rpfm_edge.core.artifact import EVIDENCE, Artifact
+from rpfm_edge.core.backends import BACKENDS, runs_student
 from rpfm_edge.core.config import without_none
 from rpfm_edge.core.errors import ArtifactError, BackendError, ConfigError
 from rpfm_edge.core.extras import require_module
 from rpfm_edge.core.files import finite, write_text
-from rpfm_edge.core.precisions import STUDENT_ONLY
 from rpfm_edge.core.stages import Stages, console
 from rpfm_edge.measure.budget import Budget, require_distances
 from rpfm_edge.measure.clock import Latency
@@ -46,8 +46,6 @@ if TYPE_CHECKING:
 
 
 BUDGET = Budget(psnr_db_min=43.0, ssim_min=0.985)  # with 41 dB the error of xs against the truth rises by 1.5 %
-FUSED = ("tensorrt", "torch-tensorrt")  # they fuse attention in FP16, and take signed INT8 only
-BIASES: dict[str, Literal["float", "int32"]] = {"onnxruntime": "int32"}  # else its linear layers stay float
 FRAMES_PER_PERSON = 300  # over which the time of prepare is spread: ten seconds of video
 TIE = 0.01  # of the fastest frame: below that times are equal, and the smaller error wins
 BISECTIONS, PROFILES = 4, 3
@@ -73,9 +71,9 @@ def plan_precision(graph: Artifact, data: str | Path, out: Path, config: PlanCon
     from quantize.order import ordered
     from quantize.study import Study, StudyConfig, allowed
 
-    fused, biases = config.target in FUSED, BIASES.get(config.target, "float")
-    narrowed = StudyConfig(config.samples, config.probes, config.keep, fused, biases, config.seed)
     _check(graph, config)
+    row = BACKENDS[config.target]
+    narrowed = StudyConfig(config.samples, config.probes, config.keep, row.fuses_attention, row.biases, config.seed)
     allowed(load(graph.file("frame.onnx")), narrowed)  # a wrong pattern is said now
     stages, splits = Stages(work_folder(out)), open_splits(data)
     size, shape = tuple(graph.config["size"]), graph.config["latent_shape"]
@@ -109,7 +107,7 @@ def _check(graph: Artifact, config: PlanConfig) -> None:
     if min(config.points, config.rounds, config.probes) < 1:
         counts = f"{config.points} points, {config.rounds} rounds and {config.probes} probes"
         raise ConfigError(counts, expected="at least 1 of each", fix="ask for more")
-    if config.target in STUDENT_ONLY:
+    if config.target in BACKENDS and runs_student(config.target):
         raise ConfigError(
             f"{config.target} runs the float student only", expected="a backend that runs graphs", fix="choose one"
         )
@@ -155,7 +153,7 @@ def _spent_s(study: Study, candidates: Candidates, exact: Sequence[Row]) -> dict
 
 def _base(candidates: Candidates) -> Row:
     """What a unit is in if it is not INT8: FP16 where engines are built from the graph for typed libraries."""
-    return candidates.half() if candidates.config.target in FUSED else candidates.exact()
+    return candidates.half() if BACKENDS[candidates.config.target].fuses_attention else candidates.exact()
 
 
 def _measured_s(study: Study, candidates: Candidates, rows: Sequence[Row]) -> dict[str, float]:

@@ -11,9 +11,10 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+from rpfm_edge.core.backends import BACKENDS
 from rpfm_edge.core.errors import BackendError
 
-LIBRARIES = ("tensorrt", "tensorrt_rtx", "tensorrt_lean", "tensorrt_dispatch")  # in order of preference
+LIBRARIES = BACKENDS["tensorrt"].libraries  # in order of preference
 INSTALL = (
     "install one: TensorRT comes with JetPack; elsewhere run: pip install 'rpfm-edge[tensorrt]', or "
     "'rpfm-edge[tensorrt-rtx]' for RTX GPUs"

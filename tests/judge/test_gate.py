@@ -320,7 +320,7 @@ def test_a_frame_of_eight_steps_is_slower_than_one_of_one(
 
 def test_unsettled_times_are_exit_4(call: Call, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rpfm_edge.measure.verdict.is_stable", lambda values: False)
-    pick = ("--backend", "onnxruntime", "--runs", 10, "--seconds", 0.01, "--limit", 0.5)
+    pick = ("--backend", "onnxruntime", "--rounds", 10, "--seconds", 0.01, "--limit", 0.5)
     code, out, _ = call("gate", bundles["new"], "--against", bundles["old"], *pick)
     assert (code, "the ratio of the two did not settle" in out) == (4, True)
     code, out, _ = call("save-baseline", bundles["new"], "--baseline", "main", *pick)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rpfm_edge.chain import build
 from rpfm_edge.chain.build import record
 from rpfm_edge.core import artifact
 from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.backends import BACKENDS
 from rpfm_edge.core.errors import ArtifactError, BackendError, ParityError
 from rpfm_edge.measure import canary
 
@@ -34,7 +36,7 @@ def test_a_bundle_carries_one(built: Artifact, tiny_graph: Artifact) -> None:
 
 def test_it_stays_when_engines_are_added(built: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device, where ONNX Runtime is not installed."""
-    monkeypatch.setitem(runtimes.BACKENDS, "onnxruntime", ("runtimes.ort", "no_such_library", "onnxruntime"))
+    monkeypatch.setitem(BACKENDS, "onnxruntime", replace(BACKENDS["onnxruntime"], libraries=("no_such_library",)))
     pytest.importorskip("openvino")
     again = build.build(built.path, tmp_path / "again", ["openvino"])
     assert again.files[canary.FILE] == built.files[canary.FILE]

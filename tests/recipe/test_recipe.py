@@ -72,7 +72,7 @@ def test_defaults_fill_what_is_left_out(tmp_path: Path) -> None:
     assert recipe.students == {"flowmap": DistillTable(seconds=5)}
     assert recipe.frontier is None
     assert recipe.build.targets == ("openvino",)
-    assert recipe.build.openvino == {"device": "CPU"}
+    assert recipe.build.options_of("openvino") == {"device": "CPU"}
 
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.toml")), ids=lambda file: file.name)
@@ -275,10 +275,10 @@ def test_options_of_a_backend_that_is_not_here_are_left_to_the_build(
 
     file = tmp_path / "recipe.toml"
     file.write_text(f"{TWO}[build]\nopenvino.device = 'NPU'\nonnxruntime.provider = 'CUDAExecutionProvider'\n")
-    assert load_recipe(file).build.openvino == {"device": "NPU"}
+    assert load_recipe(file).build.options_of("openvino") == {"device": "NPU"}
     file.write_text(f"{TWO}[build]\ntargets = ['tensorrt']\ntensorrt.workspace_mib = 4\n")
     monkeypatch.setattr(runtimes, "load", absent)
-    assert load_recipe(file).build.tensorrt == {"workspace_mib": 4}
+    assert load_recipe(file).build.options_of("tensorrt") == {"workspace_mib": 4}
 
 
 def test_what_the_page_needs_is_asked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 import runtimes
 from rpfm_edge.chain.build import record
 from rpfm_edge.core.artifact import Artifact
+from rpfm_edge.core.backends import BACKENDS
 from rpfm_edge.core.errors import ArtifactError, BackendError, ConfigError, SignatureError
 from rpfm_edge.core.files import file_digest
 from rpfm_edge.core.runtime import Runtime, Session
@@ -26,9 +28,7 @@ from runtimes.session import guarded
 ON_GPU = ("tensorrt", "torch-tensorrt")
 
 
-@pytest.fixture(
-    params=[pytest.param(name, marks=pytest.mark.gpu if name in ON_GPU else ()) for name in runtimes.BACKENDS]
-)
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.gpu if name in ON_GPU else ()) for name in BACKENDS])
 def runtime(request: pytest.FixtureRequest) -> Runtime:
     if reason := runtimes.available()[request.param]:
         pytest.skip(reason)
@@ -297,13 +297,13 @@ def test_versions(runtime: Runtime) -> None:
 
 
 def test_unknown_backend() -> None:
-    known = re.escape(str(sorted(runtimes.BACKENDS)))
+    known = re.escape(str(sorted(BACKENDS)))
     with pytest.raises(BackendError, match=f"unknown backend 'tflite': expected one of {known}"):
         runtimes.load("tflite")
 
 
 def test_backend_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(runtimes.BACKENDS, "openvino", ("runtimes.ov", "no_such_library", "openvino"))
+    monkeypatch.setitem(BACKENDS, "openvino", replace(BACKENDS["openvino"], libraries=("no_such_library",)))
     message = r"backend openvino is not installed: .* run: pip install 'rpfm-edge\[openvino\]'\."
     with pytest.raises(BackendError, match=message):
         runtimes.load("openvino")
@@ -313,15 +313,26 @@ def test_backend_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_backend_whose_library_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken_backend.py").write_text("raise ImportError('libmissing.so: cannot open shared object file')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(runtimes.BACKENDS, "openvino", ("broken_backend", "no_such_library or cv2", "openvino"))
+    monkeypatch.setitem(
+        BACKENDS,
+        "openvino",
+        replace(
+            BACKENDS["openvino"],
+            module="broken_backend",
+            libraries=(
+                "no_such_library",
+                "cv2",
+            ),
+        ),
+    )
     fix = r"reinstall it: pip install --force-reinstall opencv-python-headless\.$"  # which rpfm-edge itself is not
     with pytest.raises(BackendError, match=rf"cannot be imported \(libmissing\.so: .*working package cv2; {fix}"):
         runtimes.load("openvino")
-    assert set(runtimes.available()) == set(runtimes.BACKENDS)
+    assert set(runtimes.available()) == set(BACKENDS)
 
 
 def test_importing_runtimes_is_light() -> None:
-    heavy = {one for _, needs, _ in runtimes.BACKENDS.values() for one in needs.split(" or ")} | {"onnx", "nncf"}
+    heavy = {one for backend in BACKENDS.values() for one in backend.libraries} | {"onnx", "nncf"}
     code = f"import sys; sys.path = {sys.path!r}; import runtimes; print(sorted({heavy!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
