@@ -13,6 +13,7 @@ import typer
 from benchmarks.peers import table as peers
 from rpfm_edge.cli import app
 from rpfm_edge.report import frontier
+from tests.test_rooms import ROWS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks/README.md"])
@@ -73,17 +74,13 @@ def test_tables_of_options(page: Path) -> None:
             assert option in ours or re.search(rf"{option}\b(?!-)", others), f"there is no {option}"
 
 
-def test_every_module_is_listed() -> None:
-    block = (ROOT / "CONTRIBUTING.md").read_text().partition("## Modules")[2].split("```")[1]
-    listed, folder = set(), list[str]()
-    for spaces, entry in re.findall(r"^( *)(\S+)", block, re.MULTILINE):
-        folder = [*folder[: len(spaces) // 2], entry.rstrip("/")]
-        listed.add("/".join(folder))
-    there = {
-        name(path) for top in ("rpfm_edge", "distill", "quantize", "runtimes") for path in ROOT.glob(f"{top}/**/*.py")
-    }
-    assert {entry for entry in there if not entry.endswith("__init__.py")} <= listed
-    assert not [entry for entry in listed if not (ROOT / entry).exists()]
+def test_every_room_is_listed_in_its_row() -> None:
+    block = (ROOT / "CONTRIBUTING.md").read_text().partition("## Rooms")[2].partition("\nBeside")[0]
+    listed = re.findall(r"^\| (\d+) \| `([\w/.]+)` \|", block, re.MULTILINE)
+    found = [(int(row), Path(place).stem if place.endswith(".py") else place.split("/")[-2]) for row, place in listed]
+    rooms = [(number, room) for number, row in enumerate(ROWS, 1) for room in row if not room.startswith("__")]
+    assert sorted(found) == sorted(rooms)
+    assert all((ROOT / place).exists() for _, place in listed)
 
 
 @pytest.mark.parametrize("markers", [(frontier.BEGIN, frontier.END), (peers.BEGIN, peers.END)])
