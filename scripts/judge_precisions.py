@@ -32,7 +32,7 @@ from rpfm_edge.core import artifact
 from rpfm_edge.core.artifact import Artifact
 from rpfm_edge.core.errors import RpfmError
 from rpfm_edge.core.files import write_text
-from rpfm_edge.judge.quality import bundle_images
+from rpfm_edge.judge.quality import images_of
 from rpfm_edge.measure import clock, metrics
 from rpfm_edge.measure.clock import steady
 from rpfm_edge.measure.joints import pose_accuracy
@@ -72,7 +72,7 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
     graphs = {"float": graph.path, "NNCF defaults": naive(graph, samples, work / "naive")}
     graphs |= {name: Path(path) for name, _, path in (text.partition("=") for text in given.quantized)}
     bundles = {name: build.build(path, work / "bundles" / name, BACKEND) for name, path in graphs.items()}
-    images = {name: bundle_images(made.path, BACKEND, pairs) for name, made in bundles.items()}
+    images = {name: images_of(made, BACKEND, pairs) for name, made in bundles.items()}
     times = frame_times(bundles, pairs, given.rounds)
     rows = [judge(name, made, images, pairs) | {"frame": times[name].to_json()} for name, made in bundles.items()]
     found = {"rows": rows, "pairs": len(pairs.names), "samples": given.samples, "machine": where()}

@@ -62,14 +62,16 @@ class Pipeline:
         self._prepare, self._frame, self._resources = prepare, frame, resources
 
     @classmethod
-    def open(cls, bundle: str | Path, backend: str | None = None) -> Pipeline:
+    def open(cls, bundle: str | Path | Artifact, backend: str | None = None) -> Pipeline:
         """Load a bundle on one of the backends that it was built for (default: the first that is installed here).
+
+        One that is loaded already is not verified again.
 
         Raises:
             ArtifactError: the bundle is missing, damaged or another kind of artifact.
             BackendError: the bundle has no engine for ``backend``, or its library is not installed.
         """
-        loaded = artifact.load(shipped.resolve(bundle), "bundle")
+        loaded = bundle if isinstance(bundle, Artifact) else artifact.load(shipped.resolve(bundle), "bundle")
         name = backend or default_backend(loaded)
         runtime, options = require_engine(loaded, name), loaded.config["backends"][name]
         with ExitStack() as stack:

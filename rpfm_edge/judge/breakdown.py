@@ -197,7 +197,7 @@ def _turn(
     bundle: Artifact, backend: str, source: Any, pose: np.ndarray, runs: int
 ) -> tuple[dict[str, clock.Latency], list[LayerTime]]:
     """Times of the frame and its parts, and the profiler's layers."""
-    with Pipeline.open(bundle.path, backend) as pipe:
+    with Pipeline.open(bundle, backend) as pipe:
         person, drawn = pipe.prepare(source), pipe.pose_input(pose)
         feeds = {name: np.array(array) for name, array in pipe.feeds(person, drawn).items()}
         calls: dict[str, clock.Call] = {

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rpfm_edge.bundle.engines import default_backend, require_engine
+from rpfm_edge.bundle.pipeline import Pipeline
 from rpfm_edge.core import artifact, shipped
 from rpfm_edge.core.artifact import Artifact
 from rpfm_edge.core.errors import ConfigError
@@ -23,7 +24,7 @@ from rpfm_edge.core.files import json_digest, write_text
 from rpfm_edge.core.flow import student_steps
 from rpfm_edge.core.progress import progress
 from rpfm_edge.core.stages import identity
-from rpfm_edge.judge.quality import bundle_images, bundle_videos, teacher_videos
+from rpfm_edge.judge.quality import bundle_videos, images_of, teacher_videos
 from rpfm_edge.measure import metrics
 from rpfm_edge.measure.detail import NOBODY, sharpness
 from rpfm_edge.measure.flicker import steadiness
@@ -198,7 +199,7 @@ def _measure_chunk(
     slow, made = _torch_images(job, pairs, [reference, *((n, "euler") for n in STEPS)])
     bundles: dict[str, Any] = {}
     for name, (bundle, backend) in job.engines.items():
-        bundles[name] = {str(bundle.config["steps"]): compared(bundle_images(bundle.path, backend, pairs))}
+        bundles[name] = {str(bundle.config["steps"]): compared(images_of(bundle, backend, pairs))}
     return {
         "teacher": {str(n): compared(slow[n, "euler"]) for n in STEPS},
         "students": {name: {str(n): compared(images) for n, images in fast.items()} for name, fast in made.items()},
@@ -223,12 +224,17 @@ def _torch_images(job: _Job, pairs: Pairs, budgets: Sequence[tuple[int, str]]) -
     return teacher_images(job.teacher, *inputs, budgets, *options), made
 
 
+def _video(bundle: Artifact, backend: str, clip: Clip) -> list[np.ndarray]:
+    with Pipeline.open(bundle, backend) as pipe:
+        return bundle_videos(pipe, [clip])
+
+
 def _measure_clips(job: _Job, clips: Sequence[Clip]) -> dict[str, Any]:
     """``clips``, and ``flicker`` on them of the teacher's reference, the bundles and the ground truth."""
 
     def film(clip: Clip) -> dict[str, Any]:
         videos = {"teacher, reference": teacher_videos(job.teacher, [clip])}
-        videos |= {name: bundle_videos(bundle.path, backend, [clip]) for name, (bundle, backend) in job.engines.items()}
+        videos |= {name: _video(bundle, backend, clip) for name, (bundle, backend) in job.engines.items()}
         videos["ground truth"] = [clip.truth]
         return {"flicker": {name: steadiness(video, [clip])["flicker"] for name, video in videos.items()}}
 

@@ -255,7 +255,7 @@ def _each(
 
 def frame(stack: ExitStack, bundle: Artifact, backend: str) -> Call:
     """One frame of the first held-out pair of the sample, drawing of the pose and copies included."""
-    pipe = stack.enter_context(Pipeline.open(bundle.path, backend))
+    pipe = stack.enter_context(Pipeline.open(bundle, backend))
     source, pose = sample_inputs(pipe.size)
     return partial(pipe.render, pipe.prepare(source), pose)
 

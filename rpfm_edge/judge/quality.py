@@ -34,10 +34,10 @@ from rpfm_edge.people.pose import pose_input
 from rpfm_edge.people.splits import open_splits
 
 
-def bundle_images(bundle: str | Path, backend: str, pairs: Pairs) -> np.ndarray:
-    """What the bundle makes of the pairs: (n, H, W, 3) uint8."""
+def bundle_images(pipe: Pipeline, pairs: Pairs) -> np.ndarray:
+    """What a bundle makes of the pairs: (n, H, W, 3) uint8."""
     images = []
-    with Pipeline.open(bundle, backend) as pipe, progress(backend, total=len(pairs.names)) as advance:
+    with progress(pipe.backend, total=len(pairs.names)) as advance:
         for index in range(len(pairs.names)):
             person = pipe.prepare(pairs.sources[index])
             images.append(rendered(pipe, person, pairs.poses[index], pairs.noise[index : index + 1]))
@@ -45,28 +45,30 @@ def bundle_images(bundle: str | Path, backend: str, pairs: Pairs) -> np.ndarray:
     return np.stack(images)
 
 
-def found_joints(bundle: str | Path, backend: str, pairs: Pairs) -> dict[str, Summary]:
+def images_of(bundle: str | Path | Artifact, backend: str, pairs: Pairs) -> np.ndarray:
+    """``bundle_images`` of a bundle that is opened for them alone."""
+    with Pipeline.open(bundle, backend) as pipe:
+        return bundle_images(pipe, pairs)
+
+
+def found_joints(pipe: Pipeline, pairs: Pairs) -> dict[str, Summary]:
     """How well ``prepare`` finds the joints of the sources (``keypoints.finder_accuracy``), each source once.
 
     Empty for a bundle that finds none."""
     places = {name: place for place, (name, _) in enumerate(pairs.names)}
-    with Pipeline.open(bundle, backend) as pipe:
-        found = [pipe.prepare(pairs.sources[place]).joints for place in places.values()]
+    found = [pipe.prepare(pairs.sources[place]).joints for place in places.values()]
     joints = [points for points in found if points is not None]
     if len(joints) < len(found):
         return {}
     return finder_accuracy(np.stack(joints), pairs.source_poses[list(places.values())], pipe.size)
 
 
-def bundle_videos(bundle: str | Path, backend: str, clips: Sequence[Clip]) -> list[np.ndarray]:
-    """What the bundle makes of the clips: (n, H, W, 3) uint8 each, every frame from the clip's one noise."""
+def bundle_videos(pipe: Pipeline, clips: Sequence[Clip]) -> list[np.ndarray]:
+    """What a bundle makes of the clips: (n, H, W, 3) uint8 each, every frame from the clip's one noise."""
     if not clips:
         return []
     videos = []
-    with (
-        Pipeline.open(bundle, backend) as pipe,
-        progress(f"{backend}, clips", total=sum(len(clip.truth) for clip in clips)) as advance,
-    ):
+    with progress(f"{pipe.backend}, clips", total=sum(len(clip.truth) for clip in clips)) as advance:
         for clip in clips:
             person = pipe.prepare(clip.source)
             videos.append(np.stack([rendered(pipe, person, pose, clip.noise) for pose in clip.poses]))
@@ -177,8 +179,9 @@ def judge_bundle(
     reference, stages = teacher_stages(teacher, pairs, steps, clips if filmed.teacher else ())
     violations = []
     for backend in backends:
-        images, videos = bundle_images(bundle.path, backend, pairs), bundle_videos(bundle.path, backend, clips)
-        stage = measure_stage(images, reference, pairs, videos, clips) | found_joints(bundle.path, backend, pairs)
+        with Pipeline.open(bundle, backend) as pipe:
+            images, videos, joints = bundle_images(pipe, pairs), bundle_videos(pipe, clips), found_joints(pipe, pairs)
+        stage = measure_stage(images, reference, pairs, videos, clips) | joints
         stages.append({"stage": f"bundle, {plural(steps)}, {bundle.config['precision']}, {backend}", **stage})
         violations += [f"{backend}: {text}" for text in budget.check(limited(stage))]
     return {

@@ -31,7 +31,7 @@ def bench_backend(
 ) -> dict[str, Any]:
     """Times of ``prepare`` and ``render`` (skeleton drawing, engine and copies included) on one backend."""
     image = load_image(source, tuple(bundle.config["size"]))
-    with Pipeline.open(bundle.path, backend) as pipe:
+    with Pipeline.open(bundle, backend) as pipe:
         person, before = pipe.prepare(image), device_state.read()
         prepare = clock.measure(
             lambda: pipe.prepare(image), warmup=2, min_runs=max(5, runs // 5), min_seconds=seconds / 5
@@ -83,7 +83,7 @@ def sustain(bundle: str | Path, minutes: float, out: str | Path, backend: str | 
     person, pose = sample_inputs(tuple(loaded.config["size"]))
     facts = {key: loaded.config[key] for key in ("precision", "steps")} | {"backend": name, "minutes": minutes}
     with ExitStack() as stack:
-        pipe = stack.enter_context(Pipeline.open(loaded.path, name))
+        pipe = stack.enter_context(Pipeline.open(loaded, name))
         render = partial(pipe.render, pipe.prepare(person), pose)
         facts["machine"] = where(engine_versions(loaded, name))
         result = facts | watch(render, minutes, keep=lambda result: write({**facts, **result}, Path(out)))

@@ -53,8 +53,9 @@ def judge(recipe: Recipe, teacher: str | Path, student: str, bundles: Mapping[st
     made = {in_torch: student_images(student, *pairs.inputs, [steps])[steps]}
     for precision, bundle in opened.items():
         for backend in targets:
-            made[f"{precision}, {backend}"] = bundle_images(bundle.path, backend, pairs)
-            videos[f"{precision}, {backend}"] = bundle_videos(bundle.path, backend, clips)
+            with Pipeline.open(bundle, backend) as pipe:
+                made[f"{precision}, {backend}"] = bundle_images(pipe, pairs)
+                videos[f"{precision}, {backend}"] = bundle_videos(pipe, clips)
 
     reference, stages = teacher_stages(teacher, pairs, steps)
     measured = {n: measure_stage(images, reference, pairs, videos.get(n, ()), clips) for n, images in made.items()}

@@ -22,7 +22,7 @@ from rpfm_edge.core.artifact import Artifact
 from rpfm_edge.core.files import json_digest, write_bytes, write_text
 from rpfm_edge.core.signature import Feeds
 from rpfm_edge.core.stages import Stages
-from rpfm_edge.judge.quality import bundle_images
+from rpfm_edge.judge.quality import images_of
 from rpfm_edge.measure import clock
 from rpfm_edge.measure.budget import Budget
 from rpfm_edge.measure.clock import steady
@@ -121,7 +121,7 @@ class Candidates:
 
     def _render(self, made: Path, out: Path) -> None:
         buffer = io.BytesIO()
-        np.save(buffer, bundle_images(made, self.config.target, self.pairs))
+        np.save(buffer, images_of(made, self.config.target, self.pairs))
         write_bytes(out, buffer.getvalue())
 
     def _drift(self, name: str, images: Path) -> Summary:

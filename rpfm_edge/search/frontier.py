@@ -30,7 +30,7 @@ from rpfm_edge.core.extras import require_module
 from rpfm_edge.core.files import write_bytes, write_text
 from rpfm_edge.core.precisions import CALIBRATED, PRECISIONS, require_backends, require_samples
 from rpfm_edge.core.stages import Stages, console
-from rpfm_edge.judge.quality import bundle_images, circumstances, drift
+from rpfm_edge.judge.quality import circumstances, drift, images_of
 from rpfm_edge.measure import clock
 from rpfm_edge.measure.clock import Call, Latency, steady
 from rpfm_edge.measure.machine import where
@@ -217,7 +217,7 @@ def _engines(
             key = candidate.steps, candidate.precision
             graphs[key] = graphs.get(key) or _graph(work, *key)
             bundle = _bundle(work, candidate, graphs[key])
-            render = partial(bundle_images, bundle, candidate.backend, work.pairs)
+            render = partial(images_of, bundle, candidate.backend, work.pairs)
             row |= _quality(work, candidate.name, {"bundle": bundle}, reference, render)
             row["engine_bytes"] = size_bytes(artifact.load(bundle, "bundle", verify=False), candidate.backend)
             bundles[candidate] = bundle

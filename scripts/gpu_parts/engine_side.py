@@ -25,7 +25,7 @@ from rpfm_edge.bundle.pipeline import Pipeline
 from rpfm_edge.core import artifact
 from rpfm_edge.core.errors import BackendError
 from rpfm_edge.core.files import write_bytes
-from rpfm_edge.judge.quality import bundle_images
+from rpfm_edge.judge.quality import images_of
 from rpfm_edge.measure.machine import where
 from rpfm_edge.measure.metrics import psnr_db
 from rpfm_edge.people.held_out import Pairs
@@ -97,7 +97,7 @@ def load_pairs(file: str) -> tuple[Pairs, dict[str, np.ndarray]]:
 
 def images(bundle: str, backend: str, pairs: str, out: str) -> dict[str, Any]:
     """Write what the bundle makes of the pairs: ``images`` (n, H, W, 3) uint8."""
-    found = bundle_images(bundle, backend, load_pairs(pairs)[0])
+    found = images_of(bundle, backend, load_pairs(pairs)[0])
     stream = BytesIO()
     np.savez(stream, images=found)
     write_bytes(Path(out), stream.getvalue())

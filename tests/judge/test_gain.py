@@ -16,10 +16,11 @@ from distill.export import export
 from distill.student import DistillConfig, Student, save_student
 from distill.teacher import save_teacher
 from rpfm_edge import api
+from rpfm_edge.bundle.pipeline import Pipeline
 from rpfm_edge.core.errors import BackendError, ConfigError, InputError
 from rpfm_edge.judge import gain
 from rpfm_edge.judge.gain import GainConfig, compare_truth, draw_chunks, measure_gain, merge
-from rpfm_edge.judge.quality import bundle_images, bundle_videos
+from rpfm_edge.judge.quality import bundle_videos, images_of
 from rpfm_edge.measure import metrics
 from rpfm_edge.measure.detail import detail
 from rpfm_edge.measure.flicker import flicker_levels
@@ -217,7 +218,7 @@ def test_bundles_are_judged_and_filmed(
     name = "engine, fp32, onnxruntime"
     measured, student = result["bundles"][name]["2"], result["students"]["two"]["2"]
     pairs = draw_pairs(filmed_people, 3, SIZE, NETWORK.latent_shape, seed=3)
-    images = bundle_images(bundle, "onnxruntime", pairs)
+    images = images_of(bundle, "onnxruntime", pairs)
     assert measured["against_truth"] == metrics.compare(pairs.truths, images, CONFIG.metrics)
     expected = [detail(image, truth) for image, truth in zip(images, pairs.truths, strict=True)]
     assert measured["detail"]["detail"]["values"] == expected
@@ -225,7 +226,8 @@ def test_bundles_are_judged_and_filmed(
     assert result["ground_truth"]["detail"]["detail"]["values"] == [1, 1, 1]
     assert all("pck" in one["pose"] for one in (measured, student, result["reference"], result["ground_truth"]))
     (clip,) = open_clips(filmed_people, config.filmed, SIZE, NETWORK.latent_shape, 3)
-    (video,) = bundle_videos(bundle, "onnxruntime", [clip])
+    with Pipeline.open(bundle, "onnxruntime") as pipe:
+        (video,) = bundle_videos(pipe, [clip])
     assert list(result["flicker"]) == ["teacher, reference", name, "ground truth"]
     assert result["flicker"][name]["flicker"]["values"] == [flicker_levels(video, clip.truth)]
     assert [(row["student"], row["steps"]) for row in result["truth"]] == [("two", 2), (name, 2)]

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+import runtimes
 from distill.reference import REFERENCE_SOLVER, REFERENCE_STEPS, teacher_images
 from rpfm_edge import api
 from rpfm_edge.bundle.pipeline import Pipeline
+from rpfm_edge.core import artifact
 from rpfm_edge.core.artifact import Artifact
 from rpfm_edge.core.errors import ConfigError
 from rpfm_edge.judge.quality import bundle_videos, judge_bundle, missing_measures
@@ -21,6 +23,7 @@ from rpfm_edge.measure.flicker import flicker_levels, motion_ratio
 from rpfm_edge.measure.metrics import compare
 from rpfm_edge.people.data import Split, sample_root
 from rpfm_edge.people.deepfashion import open_split, read_clip
+from rpfm_edge.people.formats import write_pose
 from rpfm_edge.people.held_out import ClipConfig, draw_pairs, open_clips, shuffled_pairs
 from rpfm_edge.people.pose import FRAME, scale_pose
 from rpfm_edge.report import tables
@@ -88,7 +91,9 @@ def test_poses_and_flicker_of_every_stage(
 @pytest.mark.usefixtures("no_network")
 def test_clips_are_rendered_from_one_noise(bundle: Artifact, split: Split) -> None:
     clips = open_clips(split, FILMED, SIZE, SHAPE)
-    (video,) = bundle_videos(bundle.path, "onnxruntime", clips)
+    with Pipeline.open(bundle, "onnxruntime") as pipe:
+        (video,) = bundle_videos(pipe, clips)
+        assert bundle_videos(pipe, []) == []
     _, keypoints = read_clip(sample_root() / "clips" / "p00999")
     with Pipeline.open(bundle.path) as pipe:
         person = pipe.prepare(split.image(split.names.index("p00999_0.jpg"), SIZE))
@@ -96,7 +101,6 @@ def test_clips_are_rendered_from_one_noise(bundle: Artifact, split: Split) -> No
     np.testing.assert_array_equal(video, np.stack(frames))
     assert flicker_levels(video, clips[0].truth) > 0
     assert motion_ratio(video, clips[0].truth) > 0
-    assert bundle_videos(bundle.path, "onnxruntime", []) == []
 
 
 @pytest.mark.usefixtures("no_network")
@@ -209,3 +213,25 @@ def test_the_table_gives_means(capsys: pytest.CaptureFixture[str]) -> None:
     assert "detail was scored on 1 of 2 pairs" in lines
     assert sum("student" in line for line in lines) == 1
     assert sum("ground truth" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize("command", ["validate", "bench", "render"])
+def test_a_command_verifies_a_bundle_once_and_opens_each_engine_once(
+    bundle: Artifact, teacher: Path, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verified, opened = list[Path](), list[str]()
+    verify, runtime = artifact._verify, runtimes.load("onnxruntime")
+    monkeypatch.setattr(artifact, "_verify", lambda found, *rest: verified.append(found) or verify(found, *rest))
+    open_engine = runtime.open
+    monkeypatch.setattr(runtime, "open", lambda engine, *rest: opened.append(engine.name) or open_engine(engine, *rest))
+    person = sample_root() / "test_highres" / "p00900_0.jpg"
+    pose = tmp_path / "pose.json"
+    write_pose(pose, open_split(sample_root(), "test").pose(1, (256, 176)), (256, 176))
+    if command == "validate":
+        api.validate(bundle.path, teacher, "sample", backend="onnxruntime", pairs=2)
+    elif command == "bench":
+        api.bench(bundle.path, "onnxruntime", 2, 0.01)
+    else:
+        api.render(bundle.path, person, pose, tmp_path / "frame.png", "onnxruntime")
+    assert sorted(opened) == ["frame", "prepare"]
+    assert len(verified) == 1 + (command == "validate")  # the teacher, too

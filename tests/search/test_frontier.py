@@ -87,7 +87,7 @@ def test_a_second_run_makes_nothing_but_times(made: dict[str, Any], monkeypatch:
 
     for name in ("quantize", "build"):
         monkeypatch.setattr(api, name, forbidden)
-    for name in ("bundle_images", "drift"):
+    for name in ("images_of", "drift"):
         monkeypatch.setattr(frontier, name, forbidden)
     where = (made["student"], made["teacher"], "sample", made["out"])
     again = frontier.measure_frontier(*where, **made["options"])

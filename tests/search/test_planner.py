@@ -91,7 +91,7 @@ def test_its_figures_are_those_of_its_bundle(
     images = []
     for name, graph in (("float", tiny_graph.path), ("kept", out)):
         made = build.build(graph, tmp_path / name, ["openvino"])
-        images.append(quality.bundle_images(made.path, "openvino", pairs))
+        images.append(quality.images_of(made.path, "openvino", pairs))
     found = np.median([psnr_db(a, b) for a, b in zip(*images, strict=True)])
     assert found == pytest.approx(row["against_float"]["psnr_db"]["median"], abs=1e-6)
     assert pairs.names == [tuple(names) for names in result["pairs"]]
@@ -122,7 +122,7 @@ def test_finished_work_is_not_done_again(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("made again")
 
-    made = ("rpfm_edge.search.candidates.bundle_images", "rpfm_edge.chain.build.build", "quantize.study.observe")
+    made = ("rpfm_edge.search.candidates.images_of", "rpfm_edge.chain.build.build", "quantize.study.observe")
     made += ("rpfm_edge.search.candidates.compare",)  # nor are pictures compared again
     for target in (*made, "quantize.mixed.write", "quantize.sensitivity.write_text"):
         monkeypatch.setattr(target, never)
