@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -25,7 +25,7 @@ from quantize.weight_only import to_weight_only
 from rpfm_edge.core import artifact
 from rpfm_edge.core.artifact import Artifact, Stage, tool_versions
 from rpfm_edge.core.errors import ArtifactError, ConfigError, ParityError
-from rpfm_edge.core.precisions import CALIBRATED, Precision
+from rpfm_edge.core.precisions import CALIBRATED, ROWS, Precision
 from rpfm_edge.core.signature import Feeds
 from rpfm_edge.measure.metrics import psnr_db
 from rpfm_edge.people.pose import passed, pose_input, pose_kind, prepare_feeds
@@ -33,16 +33,9 @@ from rpfm_edge.people.splits import open_splits
 
 GRAPHS = ("prepare", "frame")
 TOOLS = ("nncf", "onnx", "onnxruntime")
-WEIGHT_BITS: dict[str, Literal[8, 4]] = {"int8-weights": 8, "int4-weights": 4}
-TYPED_RUN = ("int8", *WEIGHT_BITS)  # whose graphs for strongly typed libraries ONNX Runtime runs, too
+# whose graphs for strongly typed libraries ONNX Runtime runs, too
+TYPED_RUN = ("int8", *(name for name, row in ROWS.items() if row.weight_bits))
 FLOAT_ONLY = ("factory", "student", "parity_max_abs")  # of the config: true of the exported graph alone
-
-# Least PSNR of the image, in dB, against the float graph. It catches what is broken; the drift budget judges what is
-# good. FP16: one grey level of error everywhere is 48 dB; 40 dB, 2.5 levels, is no rounding any more. INT8: published
-# few-step transformers keep 22 to 27 dB with 8-bit weights and activations (deepcompressor, against their own FP16).
-# The shipped student keeps 37 dB in FP8 and 29 dB in NVFP4; a graph without its ReLUs is at 7 dB. On random pictures,
-# which nobody trained on, it keeps 45 dB with INT8 weights and 30 dB with INT4 weights.
-FLOORS = {"fp16": 40.0, "int8": 20.0, "int8-weights": 30.0, "int4-weights": 20.0, "fp8": 20.0, "nvfp4": 20.0}
 
 
 def quantize(
@@ -145,8 +138,8 @@ def _converted(
         plain, counts = to_int8(model, feeds, options, control)
         # TensorRT takes signed activations only
         return plain, to_typed(plain) if options.activations == "signed" else None, {"int8": counts}
-    if precision in WEIGHT_BITS:
-        plain, counts = to_weight_only(model, WEIGHT_BITS[precision])
+    if bits := ROWS[precision].weight_bits:
+        plain, counts = to_weight_only(model, bits)
         return plain, to_typed(plain), {"weight": counts}
     if precision == "fp8":
         plain, counts = to_fp8(model, feeds)
@@ -176,8 +169,8 @@ def _check(graph: Artifact, folder: Path, samples: Samples | None, precision: st
             for graphs, tensors in ((exact, known), (ours, found))
         )
         worst = min(worst, psnr_db(expected, image))
-    if not worst >= FLOORS[precision]:
-        raise _refused(precision, f"is {worst:.1f} dB from the float graph", f"at least {FLOORS[precision]:g} dB")
+    if not worst >= (least := ROWS[precision].graph_db):
+        raise _refused(precision, f"is {worst:.1f} dB from the float graph", f"at least {least:g} dB")
     return round(worst, 2)
 
 

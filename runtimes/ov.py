@@ -68,7 +68,7 @@ def build(graph: Artifact, name: str, engine: Path, options: Mapping[str, Any], 
         hint = options.get("precision_hint", DEFAULTS["precision_hint"])
         with open(engine, graph.signatures[name], options) as session:
             library = f"openvino {openvino.__version__}"
-            canary.check(graph, name, session, known, library, "bf16" if hint == "bf16" else None)
+            canary.check(graph, name, session, known, library, canary.BF16_DB if hint == "bf16" else None)
 
 
 @contextmanager

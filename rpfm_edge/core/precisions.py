@@ -3,28 +3,83 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from rpfm_edge.core.backends import BACKENDS, runs_student
 from rpfm_edge.core.errors import ConfigError
 
-GPUS = {  # precision → the least compute capability whose tensor cores compute in it, and who has it; the rest: all
-    "fp8": ("8.9", "Ada, Hopper, Blackwell, Jetson Thor"),
-    "nvfp4": ("10.0", "Blackwell, Jetson Thor"),
+Precision = Literal["fp32", "fp16", "int8", "int8-weights", "int4-weights", "fp8", "nvfp4"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A precision of a graph's inner layers.
+
+    Attributes:
+        graph_db: what a graph's image must reach against the float one's. It catches what is broken; the drift budget
+            judges what is good. FP16: one grey level of error everywhere is 48 dB, and 2.5 levels are no rounding any
+            more. INT8: published few-step transformers keep 22 to 27 dB with 8-bit weights and activations
+            (deepcompressor, against their own FP16). The shipped student keeps 37 dB in FP8 and 29 dB in NVFP4, and on
+            random pictures, which nobody trained on, 45 dB with INT8 weights and 30 dB with INT4 weights; without its
+            ReLUs it is at 7 dB.
+        engine_db: what an engine must reach against ONNX Runtime's run of the same graph: images by their peak, keys
+            and values by their own power. Two right implementations of the shipped student's graphs differ by 64 dB and
+            more in FP16, and in INT8, where a value between two levels may go to either, by 47 dB in images and 39 dB
+            in keys and values; wrong ones by some 20 dB. In FP8 it was 43 and 37 dB, in NVFP4 35 and 27 dB, between
+            ONNX Runtime and itself with FP32 in place of FP16.
+        calibrated: on samples.
+        weight_bits: where only weights are rounded.
+        capability: the least compute capability of NVIDIA's GPUs that compute in it, and ``gpus``, who has it.
+        data_type: TensorRT's, by strongly typed networks, and ``tensorrt``, which one has it.
+    """
+
+    graph_db: float
+    engine_db: float
+    calibrated: bool = False
+    weight_bits: Literal[8, 4] | None = None
+    capability: str = "0.0"
+    gpus: str = "all"
+    data_type: str = "FLOAT"
+    tensorrt: str = ""
+
+
+ROWS: dict[str, Row] = {
+    "fp32": Row(45.0, 45.0),
+    "fp16": Row(40.0, 45.0),
+    "int8": Row(20.0, 30.0, calibrated=True),
+    "int8-weights": Row(30.0, 30.0, weight_bits=8, data_type="INT8", tensorrt="TensorRT 10 or later"),
+    "int4-weights": Row(20.0, 30.0, weight_bits=4, data_type="INT4", tensorrt="TensorRT 10 or later"),
+    "fp8": Row(
+        20.0,
+        30.0,
+        calibrated=True,
+        capability="8.9",
+        gpus="Ada, Hopper, Blackwell, Jetson Thor",
+        data_type="FP8",
+        tensorrt="TensorRT 10 or later",
+    ),
+    "nvfp4": Row(
+        20.0,
+        20.0,
+        calibrated=True,
+        capability="10.0",
+        gpus="Blackwell, Jetson Thor",
+        data_type="FP4",
+        tensorrt="TensorRT 10.8 or later",
+    ),
 }
+PRECISIONS = tuple(ROWS)
+CALIBRATED = tuple(name for name, row in ROWS.items() if row.calibrated)
+LEAST_SAMPLES = 8  # fewer show too little of the range of an activation
 
 
 def supports(facts: Mapping[str, Any], precision: str) -> bool | None:
     """Whether the GPU computes in ``precision``; None if the GPU is not known."""
     capability = facts.get("compute_capability")
-    least, _ = GPUS.get(precision, ("0.0", ""))
+    least = ROWS[precision].capability
     found, wanted = (tuple(map(int, (one or "0").split("."))) for one in (capability, least))
     return found >= wanted if capability else None
-
-
-Precision = Literal["fp32", "fp16", "int8", "int8-weights", "int4-weights", "fp8", "nvfp4"]
-CALIBRATED = ("int8", "fp8", "nvfp4")  # on samples
-LEAST_SAMPLES = 8  # fewer show too little of the range of an activation
 
 
 def require_samples(what: str, samples: int, precisions: Iterable[str]) -> None:
@@ -63,15 +118,14 @@ def require_gpus(precision: str, capabilities: Iterable[str]) -> None:
     """Raise ``ConfigError`` for the first of ``capabilities``, such as "8.6", whose GPUs lack ``precision``."""
     for capability in capabilities:
         if supports({"compute_capability": capability}, precision) is False:
-            least, gpus = GPUS[precision]
+            row = ROWS[precision]
             raise ConfigError(
                 f"GPUs of compute capability {capability} do not compute in {precision}",
-                expected=f"{least} or later: {gpus}",
+                expected=f"{row.capability} or later: {row.gpus}",
                 fix="quantize to int8 or fp16 for them",
             )
 
 
-PRECISIONS = get_args(Precision)
 Method = Literal["ptq", "sweep", "accuracy-control"]
 METHODS = get_args(Method)
 

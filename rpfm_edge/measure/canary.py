@@ -12,25 +12,13 @@ from safetensors.numpy import load_file, save
 
 from rpfm_edge.core.artifact import Artifact
 from rpfm_edge.core.errors import ArtifactError, ParityError
+from rpfm_edge.core.precisions import ROWS
 from rpfm_edge.core.runtime import Known, Session
 from rpfm_edge.measure.metrics import psnr_db
 
 FILE = "canary.safetensors"
 
-# Least ratio of signal to error in dB, of images (peak 255) and of keys and values (their own power). Two right
-# implementations of the shipped student's graphs differ by 64 dB and more in FP16, and in INT8, where a value between
-# two levels may go to either, by 47 dB in images and 39 dB in keys and values; wrong ones by some 20 dB. In FP8 it was
-# 43 and 37 dB, in NVFP4 35 and 27 dB, between ONNX Runtime and itself with FP32 in place of FP16.
-FLOORS_DB = {
-    "fp32": 45.0,
-    "fp16": 45.0,
-    "bf16": 25.0,
-    "int8": 30.0,
-    "int8-weights": 30.0,
-    "int4-weights": 30.0,
-    "fp8": 30.0,
-    "nvfp4": 20.0,
-}
+BF16_DB = 25.0  # as ``Row.engine_db``, for an engine whose float layers were asked to be BF16
 
 
 def read(graph: Artifact) -> Known | None:
@@ -57,17 +45,17 @@ def content(tensors: Known) -> bytes:
 
 
 def check(
-    graph: Artifact, name: str, session: Session, tensors: Known, engine: str, precision: str | None = None
+    graph: Artifact, name: str, session: Session, tensors: Known, engine: str, floor_db: float | None = None
 ) -> dict[str, float]:
     """Run ``session``, the ``engine`` ("tensorrt 10.3.0") of graph ``name``, on the canary; returns dB by output.
 
-    ``precision``: that the engine computes in, where it is not the graph's.
+    ``floor_db``: what it must reach, where that is not its precision's ``engine_db``.
 
     Raises:
-        ParityError: an output is further from ONNX Runtime's than ``FLOORS_DB`` allows.
+        ParityError: an output is further from ONNX Runtime's than that.
     """
-    precision = precision or str(graph.config.get("precision", "fp32"))
-    floor, boundary = FLOORS_DB[precision], graph.signatures[name]
+    precision = str(graph.config.get("precision", "fp32"))
+    floor, boundary = floor_db or ROWS[precision].engine_db, graph.signatures[name]
     outputs = session.run({spec.name: tensors[spec.name].astype(spec.dtype) for spec in boundary.inputs})
     found = {tensor: _distance_db(tensors[tensor], array) for tensor, array in outputs.items()}
     for tensor, distance_db in found.items():

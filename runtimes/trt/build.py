@@ -11,17 +11,12 @@ from typing import Any
 from rpfm_edge.core.errors import BackendError, ConfigError
 from rpfm_edge.core.extras import import_extra
 from rpfm_edge.core.files import write_bytes
+from rpfm_edge.core.precisions import ROWS
 from rpfm_edge.core.progress import Advance, progress
 from rpfm_edge.core.source_map import exact_nodes
 from runtimes.trt.api import Library
 
 MIB = 2**20
-DATA_TYPES = {
-    "fp8": ("FP8", "TensorRT 10 or later"),
-    "nvfp4": ("FP4", "TensorRT 10.8 or later"),
-    "int8-weights": ("INT8", "TensorRT 10 or later"),
-    "int4-weights": ("INT4", "TensorRT 10 or later"),
-}
 FP32_LAYERS = ("NORMALIZATION", "SOFTMAX")  # on 8.6, which would sum in FP16 there
 
 Log = Callable[[str], None]
@@ -91,11 +86,11 @@ def build_plan(
 
 def require_precision(library: Library, precision: str) -> None:
     """Raise ``BackendError`` unless ``library`` builds graphs in ``precision``, by strongly typed networks."""
-    kind, needed = DATA_TYPES.get(precision, ("FLOAT", ""))
-    if needed and (library.precision_flags or not hasattr(library.module.DataType, kind)):
+    row = ROWS[precision]
+    if row.tensorrt and (library.precision_flags or not hasattr(library.module.DataType, row.data_type)):
         raise BackendError(
             f"{library.name} {library.version} does not build {precision}",
-            expected=needed,
+            expected=row.tensorrt,
             fix="update it, or quantize to int8 or fp16",
         )
 

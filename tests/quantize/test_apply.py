@@ -19,6 +19,7 @@ from rpfm_edge.core import artifact
 from rpfm_edge.core.artifact import Artifact
 from rpfm_edge.core.errors import ArtifactError, BackendError, ConfigError, ParityError
 from rpfm_edge.core.files import file_digest
+from rpfm_edge.core.precisions import ROWS
 from rpfm_edge.measure.metrics import psnr_db
 
 
@@ -134,7 +135,7 @@ def test_drift_beyond_the_floor_is_refused(
     tiny_graph: Artifact, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The floor is raised until an ordinary INT8 graph is below it."""
-    monkeypatch.setitem(apply.FLOORS, "int8", 90.0)
+    monkeypatch.setitem(ROWS, "int8", replace(ROWS["int8"], graph_db=90.0))
     with pytest.raises(
         ParityError, match=r"the int8 graph is \d\d\.\d dB from the float graph: expected at least 90 dB"
     ):
