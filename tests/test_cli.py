@@ -33,6 +33,7 @@ from rpfm_edge.core.artifact import Artifact
 from rpfm_edge.core.backends import BACKENDS
 from rpfm_edge.core.errors import ArtifactError, ConfigError, InputError, SignatureError
 from rpfm_edge.core.files import file_digest
+from rpfm_edge.judge import quality
 from tests.distill.tiny import SIZE
 from tests.toy import make_teacher, write_inputs
 
@@ -372,10 +373,6 @@ BAD_OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "steps of a graph": (("quantize", "{graph}", "--data", "sample", "--steps", "2"), ("2 steps", "leave steps out")),
     "no data": (("quantize", "{graph}"), ("no data for precision int8", "give --data")),
     "auto": (("quantize", "{graph}", "--data", "sample", "--precision", "auto"), ("'auto'", "rpfm-edge plan")),
-    "trajectories with qad": (
-        ("distill", "{student}", "--data", "sample", "--method", "qad", "--trajectories", "9"),
-        ("trajectories is no option of the method qad", "change the method"),
-    ),
     "seed": (("distill", "{teacher}", "--data", "sample", "--seed", "9" * 20), ("seed = 9999", "less than 2 ** 63")),
     "samples": (("quantize", "{graph}", "--data", "sample", "--samples", "2"), ("2 calibration samples", "at least 8")),
 }
@@ -710,9 +707,9 @@ def test_validate_exits_with_1_when_over_the_budget(call: Call, made: dict[str, 
 def test_validate_says_how_many_pairs_there_were(
     call: Call, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle, splits = shutil.copytree(made["bundle"], tmp_path / "bundle"), api.open_splits("sample")
+    bundle, splits = shutil.copytree(made["bundle"], tmp_path / "bundle"), quality.open_splits("sample")
     few = replace(splits, test=replace(splits.test, pairs=splits.test.pairs[:3]))
-    monkeypatch.setattr(api, "open_splits", lambda _: few)
+    monkeypatch.setattr(quality, "open_splits", lambda _: few)
     arguments = ("validate", bundle, "--against", made["teacher"], "--data", "sample")
     ended = call(*arguments, "--pairs", 5)
     assert "medians of 3 pairs" in " ".join(ended.out.split())

@@ -19,11 +19,11 @@ import runtimes
 from distill.autoencoder import SmallAutoencoder
 from distill.rpfm import PRESETS
 from rpfm_edge import api
+from rpfm_edge.bundle import engines
 from rpfm_edge.core import artifact, files
 from rpfm_edge.core.config import parse
 from rpfm_edge.core.errors import ArtifactError, BackendError, ConfigError
 from rpfm_edge.core.training import SMALL_MULTIPLE
-from rpfm_edge.measure import clock as measure
 from rpfm_edge.measure import machine
 from rpfm_edge.recipe import run
 from rpfm_edge.recipe.load import load_recipe
@@ -402,10 +402,8 @@ def test_a_second_run_makes_nothing_again(folder: Path, monkeypatch: pytest.Monk
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a stage was run again")
 
-    for module, names in ((api, ("distill", "quantize", "build")), (run, ("measure_gain", "judge", "write_page"))):
-        for name in names:
-            monkeypatch.setattr(module, name, refuse)
-    monkeypatch.setattr(run, "render_picture", refuse)
+    for name in ("distill", "quantize", "build", "measure_gain", "judge", "write_page", "render_picture"):
+        monkeypatch.setattr(run, name, refuse)
     result, fresh = _run(folder)
     assert fresh == []
     assert Path(folder / result["report"]).is_file()
@@ -416,7 +414,7 @@ def test_more_pairs_measure_again_and_build_nothing(folder: Path, monkeypatch: p
         raise AssertionError("nothing that was built depends on the pairs")
 
     for name in ("distill", "quantize", "build"):
-        monkeypatch.setattr(api, name, refuse)
+        monkeypatch.setattr(run, name, refuse)
     assert _run(folder, pairs=3)[1] == ["gain", "evidence", "report"]
 
 
@@ -530,7 +528,7 @@ def test_another_version_or_machine_builds_and_measures_again(folder: Path, monk
     where, again = machine.where, ["build-fp32", "evidence", "report"]
     monkeypatch.setattr(ort, "versions", lambda *_: {"onnxruntime": "99.0"})
     assert [_run(folder)[1], _run(folder)[1]] == [again, []]
-    monkeypatch.setattr(measure, "where", lambda *given: {**where(*given), "cpu": "another one"})
+    monkeypatch.setattr(engines, "where", lambda *given: {**where(*given), "cpu": "another one"})
     assert [_run(folder)[1], _run(folder)[1]] == [again, []]
 
 
@@ -546,7 +544,7 @@ def test_a_plan_whose_study_is_gone_is_made_again(tmp_path: Path, monkeypatch: p
         return {"chosen": "fp32"}
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(api, "plan", planned)
+    monkeypatch.setattr(run, "plan", planned)
     file = tmp_path / "recipe.toml"
     file.write_text("out = 'run'\n[student]\nartifact = 'student:xs'\n[quantize]\nprecision = 'auto'\nalso = []\n")
 
@@ -575,7 +573,7 @@ def test_figures_of_another_machine_are_taken_again(
         return {"chosen": "fp32"}
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(api, "plan", measured)
+    monkeypatch.setattr(run, "plan", measured)
     monkeypatch.setattr(run, "measure_frontier", measured)
     file = tmp_path / "recipe.toml"
     file.write_text(f"out = 'run'\n[student]\nartifact = 'student:xs'\n[build]\ntargets = ['openvino']\n{table}")
@@ -594,7 +592,7 @@ def test_figures_of_another_machine_are_taken_again(
         patch.setattr(ov, "versions", lambda *_: {"openvino": "99.0"})
         assert [times(), times()] == [1, 0]
     where = machine.where
-    monkeypatch.setattr(measure, "where", lambda *given: {**where(*given), "cpu": "another one"})
+    monkeypatch.setattr(engines, "where", lambda *given: {**where(*given), "cpu": "another one"})
     assert [times(), times()] == [1, 0]
 
 
@@ -638,7 +636,7 @@ def distilled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
     asked: list[dict[str, Any]] = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(api, "distill", distill)
+    monkeypatch.setattr(run, "distill", distill)
     return chain
 
 
@@ -675,7 +673,7 @@ def test_fine_tuning_is_done_again_for_other_data(tmp_path: Path, monkeypatch: p
         done.append((data, options["seconds"], options["seed"]))
         out.write_text(data)
 
-    monkeypatch.setattr(api, "distill", distill)
+    monkeypatch.setattr(run, "fine_tune", distill)
     recipe, stages = parse(Recipe, {"out": "x", "qad": {"seconds": 5}}, "here"), run.Stages(tmp_path)
     longer = replace(recipe, qad=replace(recipe.qad, seconds=6))
     for one in (

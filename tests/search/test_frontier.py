@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 from distill.reference import student_images, teacher_images
 from rpfm_edge import api, cli
+from rpfm_edge.bundle import engines
 from rpfm_edge.core import artifact
 from rpfm_edge.core.artifact import Artifact
 from rpfm_edge.core.errors import BackendError, ConfigError
 from rpfm_edge.core.stages import Stages
-from rpfm_edge.measure import clock as measure
 from rpfm_edge.measure import metrics
 from rpfm_edge.people.held_out import draw_pairs
 from rpfm_edge.people.splits import open_splits
@@ -85,9 +85,7 @@ def test_a_second_run_makes_nothing_but_times(made: dict[str, Any], monkeypatch:
     def forbidden(*_: Any, **__: Any) -> None:
         pytest.fail("was made again")
 
-    for name in ("quantize", "build"):
-        monkeypatch.setattr(api, name, forbidden)
-    for name in ("images_of", "drift"):
+    for name in ("quantize", "build", "images_of", "drift"):
         monkeypatch.setattr(frontier, name, forbidden)
     where = (made["student"], made["teacher"], "sample", made["out"])
     again = frontier.measure_frontier(*where, **made["options"])
@@ -102,9 +100,9 @@ def test_a_bundle_is_made_again_for_other_options_or_another_device(
 
     def made(**options: Any) -> bool:
         """Whether ``_bundle`` builds."""
-        built, build = [], api.build
+        built, build = [], frontier.build
         with monkeypatch.context() as patch:
-            patch.setattr(api, "build", lambda *arguments: built.append(build(*arguments)))
+            patch.setattr(frontier, "build", lambda *arguments: built.append(build(*arguments)))
             given = {"onnxruntime": options} if options else {}
             work = frontier._Work(Path(), "", "", 1, 0, None, Stages(tmp_path), given)  # type: ignore[arg-type]
             path = frontier._bundle(work, candidate, tiny_graph.path)
@@ -112,7 +110,7 @@ def test_a_bundle_is_made_again_for_other_options_or_another_device(
         return bool(built)
 
     assert [made(), made(), made(threads=1), made(threads=1)] == [True, False, True, False]
-    monkeypatch.setattr(measure, "where", lambda *_: {"cpu": "another one"})
+    monkeypatch.setattr(engines, "where", lambda *_: {"cpu": "another one"})
     assert [made(threads=1), made(threads=1)] == [True, False]
 
 
@@ -160,7 +158,7 @@ def test_nothing_that_runs_is_an_error(made: dict[str, Any], tmp_path: Path, mon
     def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(api, "build", refuse)
+    monkeypatch.setattr(frontier, "build", refuse)
     where = (made["student"], made["teacher"], "sample", tmp_path)
     with pytest.raises(BackendError, match="no memory: expected at least one engine that runs"):
         frontier.measure_frontier(*where, **SMALL, steps=(1,), precisions=("fp32",))
