@@ -63,7 +63,7 @@ def test_curves_of_another_machine_are_measured_anew(tmp_path: Path, monkeypatch
         return {"points": points, "exponent": None}
 
     monkeypatch.setattr(growth, "measure_axis", curve)
-    monkeypatch.setattr(growth.measure, "where", lambda versions: machine)
+    monkeypatch.setattr(growth, "where", lambda versions: machine)
     monkeypatch.setattr(sys, "argv", ["growth", "--out", str(tmp_path)])
     growth.main()
     assert measured == ["size", "steps", "batch", "threads"]

@@ -208,7 +208,6 @@ def test_what_is_written_and_kept(graph: Artifact, tmp_path: Path, tiny: Any, mo
     monkeypatch.setattr(torch_trt, "device", lambda: Device("GPU of a test", "8.6", "12.8"))
     known = SimpleNamespace(name="tensorrt", version="10.3.0", portable=False)
     monkeypatch.setattr(torch_trt, "load_library", lambda name: known)
-    monkeypatch.setattr(torch_trt.canary, "of", lambda graph: None)
     plans = []
     for options in ({}, {"precision": "fp16"}, {"identities": 1}):
         engine = tmp_path / f"engine{len(plans)}"
@@ -220,7 +219,7 @@ def test_what_is_written_and_kept(graph: Artifact, tmp_path: Path, tiny: Any, mo
         plans.append(plan)
     assert plans == [b"plan 1", b"plan 2", b"plan 1"]
     asked: list[Any] = []
-    monkeypatch.setattr(torch_trt.trt, "open", lambda *arguments: nullcontext(asked.append(arguments)))
+    monkeypatch.setattr(torch_trt.backend, "open", lambda *arguments: nullcontext(asked.append(arguments)))
     with torch_trt.open(engine, tiny.SIGNATURE, {"identities": 1}):
         running = {"library": "tensorrt", "cuda_graph": True, "identities": 1, "rebuild": False}
         assert asked == [(engine, tiny.SIGNATURE, running)]

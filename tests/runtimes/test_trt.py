@@ -140,13 +140,13 @@ def test_an_engine_is_compared_before_it_is_kept(
     monkeypatch.setattr(trt, "build_plan", lambda *arguments: b"plan")
     monkeypatch.setattr(trt, "open", open)
     if right:
-        backend.build(graph, "frame", engine, {})
+        backend.build(graph, "frame", engine, {}, known)
     else:
         message = (
             r"tensorrt_rtx \S+ computes tokens of graph frame wrongly, -6\.0 dB from ONNX Runtime: expected at least"
         )
         with pytest.raises(ParityError, match=message):
-            backend.build(graph, "frame", engine, {})
+            backend.build(graph, "frame", engine, {}, known)
     assert bool(list((tmp_path / "cache").rglob("*.plan"))) is right
 
 
@@ -156,7 +156,6 @@ def test_says_when_nothing_was_compared(
     pytest.importorskip("tensorrt_rtx")
     monkeypatch.setattr(trt, "device", lambda: HERE)
     monkeypatch.setattr(trt, "build_plan", lambda *arguments: b"plan")
-    monkeypatch.setattr(canary, "record", lambda graph: None)
     backend.build(graph, "frame", engine, {})
     assert "engine frame was not compared, because the bundle has no canary" in capsys.readouterr().err
 
@@ -167,7 +166,7 @@ def test_the_canary_is_recorded_once_for_all_graphs(
     """Engine and comparison are stood in for; what is counted is real."""
     pytest.importorskip("tensorrt_rtx")
     pytest.importorskip("onnxruntime")
-    recorded, compared, record = [], [], build._record
+    recorded, compared, record = [], [], build.record
 
     @contextmanager
     def open(*arguments: Any) -> Any:
@@ -176,7 +175,7 @@ def test_the_canary_is_recorded_once_for_all_graphs(
     monkeypatch.setattr(trt, "device", lambda: HERE)
     monkeypatch.setattr(trt, "build_plan", lambda *arguments: b"plan")
     monkeypatch.setattr(trt, "open", open)
-    monkeypatch.setattr(canary, "_record", lambda graph: recorded.append(graph) or record(graph))
+    monkeypatch.setattr(build, "record", lambda graph: recorded.append(graph) or record(graph))
     monkeypatch.setattr(canary, "check", lambda graph, name, *rest: compared.append(name))
     build.build(tiny_graph.path, tmp_path / "bundle", ["tensorrt"])
     assert (len(recorded), compared) == (1, ["prepare", "frame"])
