@@ -17,7 +17,6 @@ from rpfm_edge.core.errors import BackendError, ConfigError, InputError
 from rpfm_edge.live import sources
 from rpfm_edge.live.messages import Pose
 from rpfm_edge.live.sources import Feed, check_fps, replay, watch
-from rpfm_edge.measure import joints as keypoints
 
 SIZE = (64, 48)
 
@@ -101,10 +100,10 @@ def test_a_video_file_gives_poses_at_its_own_rate(tmp_path: Path, monkeypatch: p
 
 
 def test_a_camera_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(keypoints, "missing_pose", lambda: None)
+    monkeypatch.setattr(sources, "missing_pose", lambda: None)
     with pytest.raises(InputError, match=r"the camera .*none.mp4 cannot be opened"):
         watch(str(tmp_path / "none.mp4"), SIZE)
-    monkeypatch.setattr(keypoints, "missing_pose", lambda: "the network is not at hand")
+    monkeypatch.setattr(sources, "missing_pose", lambda: "the network is not at hand")
     with pytest.raises(BackendError, match="the network is not at hand"):
         watch("0", SIZE)
 
