@@ -19,7 +19,7 @@ from distill.rpfm import RPFMConfig, preset
 from distill.store import StoreConfig, build_store, load_store
 from distill.student import METHODS, DistillConfig, create_student, load_student, save_student, train_student
 from distill.teach import DTYPES, check_choice, check_people, stage_of, thin, work_folder
-from distill.teacher import RPFMTeacher, Teacher, load_teacher, move
+from distill.teacher import RPFMTeacher, Teacher, load_teacher, move, pose_kind
 from distill.train import TrainConfig, check_settings, join_processes
 from rpfm_edge.core import artifact
 from rpfm_edge.core.artifact import Artifact
@@ -157,7 +157,8 @@ def _architecture(recipe: DistillRecipe, teacher: Teacher) -> RPFMConfig | None:
         return None
     channels, *latent_size = teacher.latent_shape
     factor = teacher.autoencoder.factor
-    return preset(recipe.preset, latent_channels=channels, latent_size=tuple(latent_size), factor=factor)
+    pose = pose_kind(teacher) if isinstance(teacher, RPFMTeacher) else "skeleton"  # only an RPFM brings an alignment
+    return preset(recipe.preset, pose, latent_channels=channels, latent_size=tuple(latent_size), factor=factor)
 
 
 def _guidance(teacher: Any) -> dict[str, Any] | None:

@@ -21,6 +21,8 @@ from distill.teacher import RPFMTeacher, sample_teacher
 from distill.train import History, TrainConfig, fit
 from rpfm_edge.people.data import draw_batch
 
+TEXTURE = 3.0  # weight of textures beside pixels, edges and squares
+
 
 @dataclass(frozen=True, slots=True)
 class DecoderTraining:
@@ -55,7 +57,7 @@ class DecoderLoss(nn.Module):
 
     def forward(self, latent: Tensor, truth: Tensor, tensors: Tensors) -> Tensor:
         image = self.autoencoder.decode(latent, tensors).float()
-        return reconstruction_loss(image, truth) + F.mse_loss(image, truth) + texture_loss(image, truth)
+        return reconstruction_loss(image, truth) + F.mse_loss(image, truth) + TEXTURE * texture_loss(image, truth)
 
 
 def texture_loss(output: Tensor, image: Tensor) -> Tensor:

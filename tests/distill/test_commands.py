@@ -212,7 +212,7 @@ def test_a_preset_that_is_not_the_teachers(splits: tuple[Split, Split], tmp_path
     with pytest.raises(ConfigError, match=r"has architecture .*dim=192.*: expected .*dim=384"):
         distill(replace(QUICK, preset="s"), "teacher:xs", splits[0], tmp_path / "out")
     assert not list(tmp_path.iterdir())
-    student = create_student(load_teacher("teacher:xs"), DistillConfig(), rpfm.preset("xs"))
+    student = create_student(load_teacher("teacher:xs"), DistillConfig(), rpfm.preset("xs", "keypoints"))
     assert student.network.config.dim == 192
 
 
