@@ -17,7 +17,6 @@ from distill.condition import Source, Tensors, visible
 from distill.rpfm import RPFM, RPFMConfig
 
 PHOTO_TENSORS = ("photo", "backdrop", "fine", "coarse", "summary", "joints")  # of the source, that a frame aligns
-START_NOISE = 0.25  # deviation of the noise around the prior, where the flow starts; latents have 1
 CORNER = 8  # pixels of a photo's upper corners that show what is behind the person
 
 
@@ -110,7 +109,7 @@ class AlignedRPFM(RPFM):
 
     def start(self, noise: Tensor, tensors: Tensors) -> Tensor:
         """Where the flow starts, at t = 0."""
-        return tensors["prior"] + START_NOISE * noise
+        return tensors["prior"] + self.config.start_noise * noise
 
 
 def move(aligned: Aligned, photo: Tensor, fine: Tensor, backdrop: Tensor) -> Tensors:

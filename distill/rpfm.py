@@ -44,6 +44,7 @@ class RPFMConfig:
     step_embedding: bool = False
     pose: PoseKind = "skeleton"
     shared_modulation: bool = False  # one adaLN for all blocks, each adding a vector of its own (arXiv 2310.00426)
+    start_noise: float = 1.0  # where the flow starts around a prior: the deviation of its noise; latents have 1
 
     @property
     def tokens(self) -> int:
@@ -70,7 +71,13 @@ PRESETS = {
 
 
 # Where the source is aligned, much less is left to the transformer.
-_BY_KEYPOINTS = {"pose": "keypoints", "pose_channels": 48, "latent_channels": 12, "shared_modulation": True}
+_BY_KEYPOINTS = {
+    "pose": "keypoints",
+    "pose_channels": 48,
+    "latent_channels": 12,
+    "shared_modulation": True,
+    "start_noise": 0.1,
+}
 _BY_KEYPOINTS_TOO = {"xs": {"depth": 4, "mlp_ratio": 3}}
 
 

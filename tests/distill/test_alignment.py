@@ -28,7 +28,9 @@ from rpfm_edge.people.deepfashion import open_split
 from rpfm_edge.people.pose import MISSING
 
 SIZE = (64, 48)
-NETWORK = RPFMConfig(dim=32, depth=2, heads=2, latent_size=(8, 6), pose="keypoints", shared_modulation=True)
+NETWORK = RPFMConfig(
+    dim=32, depth=2, heads=2, latent_size=(8, 6), pose="keypoints", shared_modulation=True, start_noise=0.25
+)
 
 
 @pytest.fixture(scope="module")
