@@ -28,7 +28,7 @@ import json, sys
 from importlib.util import find_spec
 import numpy as np
 import rpfm_edge
-from rpfm_edge.people.pose import read_pose
+from rpfm_edge.people.formats import read_pose
 bundle, source, pose, out = sys.argv[1:]
 with rpfm_edge.Pipeline.open(bundle) as pipe:
     image = pipe.render(pipe.prepare(source), read_pose(pose, pipe.size))
@@ -77,7 +77,7 @@ def test_the_wheel_holds_the_product_alone(wheel: Path) -> None:
     tops = {name.partition("/")[0] for name in names}
     (info,) = (top for top in tops if top.endswith(".dist-info"))
     assert tops == {"rpfm_edge", "distill", "quantize", "runtimes", info}
-    for file in ("assets/people/fasion-resize-pairs-test.csv", "templates/report.html.j2", "assets/__init__.py"):
+    for file in ("assets/people/fasion-resize-pairs-test.csv", "report/templates/report.html.j2", "core/shipped.py"):
         assert f"rpfm_edge/{file}" in names
     tracked = run("git", "ls-files", "rpfm_edge/assets", cwd=ROOT).split()
     assert {name for name in names if name.startswith("rpfm_edge/assets/")} >= set(tracked)

@@ -135,7 +135,7 @@ def mixed(graphs: Callable[[str, str], Artifact], tmp_path_factory: pytest.TempP
         model = load(exact.file(f"{name}.onnx"))
         feeds = list(islice(calibrate.load(folder / "samples").feeds(name), 8))
         ranges[name] = {one: seen.range("mse") for one, seen in observe(model, feeds, len(feeds)).items()}
-        names[name] = tuple(unit.name for unit in units(model) if not unit.attention)[::2]
+        names[name] = tuple(unit.name for unit in units(model) if unit.quantizable and not unit.attention)[::2]
     return assignments.write(exact, assignments.Assignment(names, rest="fp16"), ranges, folder / "graph", {})
 
 

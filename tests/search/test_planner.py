@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import runtimes
 from quantize import mixed
 from quantize.int8 import int8_products
+from quantize.layers import load
 from quantize.order import divided_by_work
 from quantize.units import units
 from rpfm_edge import api
@@ -65,7 +66,7 @@ def test_the_chosen_graph_is_the_plan(tiny_graph: Artifact, planned: tuple[Path,
 
 
 @pytest.mark.slow
-def test_a_plan_of_a_graph_that_aligns_leaves_the_map_alone(
+def test_a_plan_of_a_graph_that_aligns_leaves_places_alone(
     aligned_graph: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Candidates, "frame_times", falling_times)
@@ -73,10 +74,12 @@ def test_a_plan_of_a_graph_that_aligns_leaves_the_map_alone(
     result = plan_precision(aligned_graph, "sample", tmp_path / "graph", config)
     assert result["chosen"] == f"int8-{len(result['units'])}"
     plan = artifact.load(tmp_path / "graph", "graph").config["plan"]["frame"]
-    mapped = {name for name in plan if name.startswith("align.")}
-    assert mapped
-    assert {plan[name] for name in mapped} == {"fp32"}
-    assert not mapped & {unit["name"] for unit in result["units"]}
+    mapped = {unit.name: unit.quantizable for unit in units(load(aligned_graph.file("frame.onnx")))}
+    fixed = {name for name, free in mapped.items() if name.startswith("align.") and not free}
+    assert {"align.linear0", "align.conv0"} <= fixed
+    assert {plan[name] for name in fixed} == {"fp32"}
+    assert {plan[name] for name in mapped if name.startswith("align.") and name not in fixed} == {"int8"}
+    assert not fixed & {unit["name"] for unit in result["units"]}
     assert {plan[name] for name in plan if name.startswith("block")} == {"int8"}
 
 
