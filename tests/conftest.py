@@ -19,7 +19,7 @@ TINY_SIZE, TINY_STEPS = (64, 48), 2
 def _no_settling(request: pytest.FixtureRequest) -> Iterator[None]:
     """Times need not be right, but where timing itself is tested. As wide as a module, for what its fixtures time."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.path.name != "test_measure.py":
+        if request.path.name != "test_clock.py":
             patch.setattr("rpfm_edge.measure.clock.SETTLE_S", 0.0)
         yield
 

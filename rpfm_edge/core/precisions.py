@@ -77,7 +77,7 @@ LEAST_SAMPLES = 8  # fewer show too little of the range of an activation
 def supports(facts: Mapping[str, Any], precision: str) -> bool | None:
     """Whether the GPU computes in ``precision``; None if the GPU is not known."""
     capability = facts.get("compute_capability")
-    least = ROWS[precision].capability
+    least = ROWS[precision].capability if precision in ROWS else "0.0"
     found, wanted = (tuple(map(int, (one or "0").split("."))) for one in (capability, least))
     return found >= wanted if capability else None
 
