@@ -116,9 +116,9 @@ def _person(
     targets = []
     for index, image in zip(row, images[1:], strict=True):
         shown = cv2.resize(np.ascontiguousarray(image), (width // 2, height // 2), interpolation=cv2.INTER_AREA)
-        there = surface(index) if mapped else None
-        truth = _truth(there, trees, framing, (height, width)) if there else _untold((height, width))
-        targets.append(_Target(pose(index), shown, *truth, _as_array(there, (height, width))))
+        wanted = surface(index) if mapped else None
+        truth = _truth(wanted, trees, framing, (height, width)) if wanted else _untold((height, width))
+        targets.append(_Target(pose(index), shown, *truth, _as_array(wanted, (height, width))))
     return (photo, joints.astype(np.float32), own), targets
 
 

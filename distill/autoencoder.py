@@ -106,7 +106,7 @@ class SmallAutoencoder(nn.Module):
 
 class AlignedAutoencoder(SmallAutoencoder):
     """``SmallAutoencoder``'s encoder, and a decoder that sees the aligned source: what that shows is taken from it, by
-    a learnt mask; 1.5 GFLOP to decode 256 × 176.
+    a learnt mask; 1.2 GFLOP to decode 256 × 176.
 
     Without a source, as where a picture is only encoded and decoded, it sees pixels, features and masks of zero.
     """

@@ -272,8 +272,8 @@ def gate(
 
     Exit codes: 0 pass, 1 regression, 2 error, 3 no baseline, 4 unstable.
     """
-    counts = {"max_slowdown": parse_share(max_slowdown), "rounds": rounds, "seconds": seconds, "limit_s": limit}
-    _judged(api.gate(bundle, baseline, against, backend, baselines, **counts), json)
+    limits = _limits(max_slowdown, rounds, seconds, limit)
+    _judged(api.gate(bundle, baseline, against, backend, baselines, **limits), json)
 
 
 @app.command()
@@ -289,8 +289,8 @@ def save_baseline(
     json: Json = False,
 ) -> None:
     """Keep a frame's times on this device as a baseline of the gate; exit codes as of gate."""
-    counts = {"max_slowdown": parse_share(max_slowdown), "rounds": rounds, "seconds": seconds, "limit_s": limit}
-    _judged(api.save_baseline(bundle, baseline, backend, baselines, **counts), json)
+    limits = _limits(max_slowdown, rounds, seconds, limit)
+    _judged(api.save_baseline(bundle, baseline, backend, baselines, **limits), json)
 
 
 @app.command()
@@ -368,6 +368,11 @@ def _within(result: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         _finish(result)
     raise typer.Exit(1 if result["violations"] else 0)
+
+
+def _limits(max_slowdown: str, rounds: int, seconds: float, limit: float) -> dict[str, float]:
+    """The fields of ``GateConfig``."""
+    return {"max_slowdown": parse_share(max_slowdown), "rounds": rounds, "seconds": seconds, "limit_s": limit}
 
 
 def _judged(result: Mapping[str, Any], as_json: bool) -> None:

@@ -46,8 +46,6 @@ def device(backend: str) -> dict[str, Any]:
 
 def require_engine(bundle: Artifact, backend: str) -> Runtime:
     """The backend, installed and with an engine in ``bundle``; raises ``BackendError`` otherwise."""
-    import runtimes
-
     runtime, backends = runtimes.load(backend), bundle.config["backends"]
     if backend not in backends:
         raise BackendError(
@@ -67,8 +65,6 @@ def _how_to_add(bundle: Path, backend: str) -> str:
 
 def default_backend(bundle: Artifact) -> str:
     """The first backend of ``bundle`` that is installed here; its very first one if none is, which is then refused."""
-    import runtimes
-
     names: list[str] = list(bundle.config["backends"])
     return next((name for name in names if runtimes.why_not(name) is None), names[0])
 
@@ -81,7 +77,7 @@ def engine_versions(bundle: Artifact, backend: str) -> dict[str, str]:
 FAILURES = (RpfmError, RuntimeError, MemoryError)  # of one backend, which does not end the others
 
 
-def _installed(bundle: Artifact, backend: str | None) -> tuple[list[str], dict[str, dict[str, str]]]:
+def usable_backends(bundle: Artifact, backend: str | None) -> tuple[list[str], dict[str, dict[str, str]]]:
     """The one that was asked for, or the backends of a bundle whose libraries are here; and, if any is not, a record
     ``skipped`` of the reasons. ``BackendError`` if none is left."""
     names = [backend] if backend else list(bundle.config["backends"])
@@ -92,7 +88,7 @@ def _installed(bundle: Artifact, backend: str | None) -> tuple[list[str], dict[s
     return usable, {"skipped": reasons} if reasons else {}
 
 
-def _backends(bundle: Artifact, backend: str | None) -> list[str]:
+def checked_backends(bundle: Artifact, backend: str | None) -> list[str]:
     """The one that was asked for, or all of the bundle; each is refused before anything slow if it cannot be used."""
     names = [backend] if backend else list(bundle.config["backends"])
     for name in names:

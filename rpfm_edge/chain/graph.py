@@ -41,33 +41,33 @@ def quantize(
         raise ConfigError(f"unknown precision {precision!r}", expected=f"one of {PRECISIONS}", fix=fix)
     check_method(method, least_psnr_db, precision)
     if precision in CALIBRATED:
-        _check_data(data, precision)
+        require_data(data, precision)
     artifact.require_free(out, "graph")
     source, out = shipped.resolve(student), Path(out)
     kind = artifact.load(source, "student", "graph").kind
-    _check_steps(steps, kind)
+    check_unrolled(steps, kind)
     if kind == "student" and precision == "fp32":
-        return _export(source, out, steps)
+        return export_float(source, out, steps)
     with scratch_folder(out) as scratch:
-        graph = _export(source, scratch / "graph", steps).path if kind == "student" else source
+        graph = export_float(source, scratch / "graph", steps).path if kind == "student" else source
         return _quantize_graph(
             graph, data, out, precision, {"count": samples, "seed": seed}, scratch, (method, least_psnr_db)
         )
 
 
-def _check_data(data: str | Path | None, precision: str) -> str | Path:
+def require_data(data: str | Path | None, precision: str) -> str | Path:
     if data is None:
         raise ConfigError(f"no data for precision {precision}", expected="a data set, or sample", fix="give --data")
     return data
 
 
-def _check_steps(steps: int | None, kind: str) -> None:
+def check_unrolled(steps: int | None, kind: str) -> None:
     if steps is not None and (steps < 1 or kind == "graph"):
         fix = "leave steps out, they are in the graph" if kind == "graph" else "give a positive number of steps"
         raise ConfigError(f"{steps} steps for a {kind}", expected="at least 1, for a student", fix=fix)
 
 
-def _export(student: Path, out: Path, steps: int | None) -> Artifact:
+def export_float(student: Path, out: Path, steps: int | None) -> Artifact:
     require_module("torch", "distill")
     from distill.export import export
 
@@ -90,6 +90,6 @@ def _quantize_graph(
     loaded, recorded, chosen = artifact.load(graph, "graph"), None, None
     if precision in CALIBRATED:
         recorded = scratch / "calibration.safetensors"
-        calibrate.record(loaded, open_splits(_check_data(data, precision)).training, recorded, **draw)
+        calibrate.record(loaded, open_splits(require_data(data, precision)).training, recorded, **draw)
         chosen = methods.choose(*way, loaded, recorded, out.with_name(out.name + ".work"))
     return apply.quantize(loaded, cast(Precision, precision), out, recorded, *(chosen or ()))

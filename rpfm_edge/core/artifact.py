@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rpfm_edge.core.errors import ArtifactError, ConfigError
-from rpfm_edge.core.files import _put_aside, _replace, file_digest, json_digest, scratch_folder, write_text
+from rpfm_edge.core.files import exchange, file_digest, json_digest, put_aside, scratch_folder, write_text
 from rpfm_edge.core.signature import Signature
 
 Kind = Literal["teacher", "student", "graph", "bundle"]
@@ -115,7 +115,7 @@ def replacing_folder(out: Path, kind: Kind) -> Iterator[Path]:
     with scratch_folder(out) as scratch:
         require_free(out, kind)
         yield scratch
-        _replace(scratch, out)
+        exchange(scratch, out)
 
 
 def seal(
@@ -170,7 +170,7 @@ def _read_manifest(path: Path) -> Artifact:
     file = path / MANIFEST
     if not file.is_file():
         fix = "check the path or make it again"
-        if not path.exists() and (aside := _put_aside(path)):
+        if not path.exists() and (aside := put_aside(path)):
             fix = f"a killed process left it as {aside[-1]}, rename that"
         raise ArtifactError(f"{path} is no artifact", expected=f"a folder with a {MANIFEST}", fix=fix)
     try:

@@ -71,7 +71,7 @@ def scratch_folder(out: Path) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         with _locked(out.parent) as alone:
-            if (aside := _put_aside(out)) and not out.exists():
+            if (aside := put_aside(out)) and not out.exists():
                 aside[-1].rename(out)
             if alone:
                 _sweep(out)
@@ -105,7 +105,7 @@ def _scratch_folders(out: Path, end: str = "") -> list[Path]:
     return list(out.parent.glob(f".{glob.escape(out.name)}{SCRATCH}{'?' * 8}{end}"))
 
 
-def _put_aside(out: Path) -> list[Path]:
+def put_aside(out: Path) -> list[Path]:
     """What exchanges that were killed between their two renames have left."""
     return _scratch_folders(out.resolve(), OLD)
 
@@ -117,11 +117,11 @@ def _sweep(out: Path) -> None:
             if ended:
                 shutil.rmtree(folder, ignore_errors=True)
     if (out / "manifest.json").is_file():  # an artifact that the user has, so that what was put aside is not needed
-        for folder in _put_aside(out):
+        for folder in put_aside(out):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _replace(scratch: Path, out: Path) -> None:
+def exchange(scratch: Path, out: Path) -> None:
     """Rename ``scratch`` to ``out``; what was there comes back if that fails, and otherwise is removed with scratch."""
     old = scratch.with_name(scratch.name + OLD)
     with _locked(out.parent):  # nobody takes what is put aside for what a kill has left

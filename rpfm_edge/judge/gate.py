@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rpfm_edge.bundle.engines import FAILURES, _installed, engine_versions, require_engine
+from rpfm_edge.bundle.engines import FAILURES, engine_versions, require_engine, usable_backends
 from rpfm_edge.bundle.pipeline import Pipeline
 from rpfm_edge.core import artifact, shipped
 from rpfm_edge.core.artifact import Artifact
@@ -316,7 +316,7 @@ def gate(
             fix="give one of --baseline and --against",
         )
     config, loaded = GateConfig(**without_none(changes)), artifact.load(shipped.resolve(bundle), "bundle")
-    backends, skipped = _installed(loaded, backend)
+    backends, skipped = usable_backends(loaded, backend)
     if baseline is not None:
         return run_gate(loaded, backends, baseline, Path(baselines), config) | skipped
     other = artifact.load(shipped.resolve(str(against)), "bundle")
@@ -331,5 +331,5 @@ def save_baseline(
     Arguments and result are as in ``gate``.
     """
     config, loaded = GateConfig(**without_none(changes)), artifact.load(shipped.resolve(bundle), "bundle")
-    backends, skipped = _installed(loaded, backend)
+    backends, skipped = usable_backends(loaded, backend)
     return run_save(loaded, backends, baseline, Path(baselines), config) | skipped

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rpfm_edge.bundle.engines import _backends
+from rpfm_edge.bundle.engines import checked_backends
 from rpfm_edge.bundle.evidence import add_evidence
 from rpfm_edge.bundle.pipeline import Person, Pipeline
 from rpfm_edge.core import artifact, shipped
@@ -211,7 +211,7 @@ def validate(
     require_module("torch", "distill")
     require_module("skimage", "validate")
     loaded = artifact.load(shipped.resolve(bundle), "bundle")
-    backends = _backends(loaded, backend)
+    backends = checked_backends(loaded, backend)
     limits = Budget.load(Path(budget)) if budget else Budget()
     evidence = judge_bundle(loaded, against, open_splits(data).test, backends, pairs, limits, seed)
     if backend is None:

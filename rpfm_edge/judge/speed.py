@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rpfm_edge.bundle.engines import FAILURES, _installed, default_backend, engine_versions, size_bytes
+from rpfm_edge.bundle.engines import FAILURES, default_backend, engine_versions, size_bytes, usable_backends
 from rpfm_edge.bundle.evidence import add_evidence
 from rpfm_edge.bundle.pipeline import Pipeline
 from rpfm_edge.core import artifact, shipped
@@ -103,7 +103,7 @@ def bench(bundle: str | Path, backend: str | None = None, runs: int = 50, second
     check_seconds(seconds)
     loaded = artifact.load(shipped.resolve(bundle), "bundle")
     source, pose = sample_inputs(tuple(loaded.config["size"]))
-    names, skipped = _installed(loaded, backend)
+    names, skipped = usable_backends(loaded, backend)
     evidence: dict[str, Any] = {"backends": []}
     failures: dict[str, Exception] = {}
     for name in names:

@@ -93,7 +93,7 @@ def _alexnet(image: np.ndarray, parameters: Mapping[str, np.ndarray]) -> list[np
     return features
 
 
-def _lpips_from_environment(a: np.ndarray, b: np.ndarray) -> float:
+def lpips_from_environment(a: np.ndarray, b: np.ndarray) -> float:
     weights = lpips_weights()
     if weights is None:
         raise ConfigError(

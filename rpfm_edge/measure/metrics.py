@@ -16,8 +16,8 @@ from numpy.typing import ArrayLike
 
 from rpfm_edge.core.errors import ConfigError, InputError
 from rpfm_edge.core.extras import import_extra
-from rpfm_edge.measure.lpips import LPIPS_VARIABLE, _lpips_from_environment, lpips_weights
-from rpfm_edge.people.image import _check_shapes, check_pair
+from rpfm_edge.measure.lpips import LPIPS_VARIABLE, lpips_from_environment, lpips_weights
+from rpfm_edge.people.image import check_pair, check_shapes
 
 SSIM_WINDOW_PX = 11
 
@@ -75,7 +75,7 @@ def sqnr_db(reference: ArrayLike, value: ArrayLike) -> float:
     """Signal-to-quantization-noise ratio in dB of float arrays, ``10 log10(Σ reference² / Σ (value - reference)²)``;
     inf for equal arrays, -inf if the reference is all zeros."""
     expected, found = np.asarray(reference, np.float64), np.asarray(value, np.float64)
-    _check_shapes(expected, found)
+    check_shapes(expected, found)
     noise, signal = float(np.sum((found - expected) ** 2)), float(np.sum(expected**2))
     if not noise:
         return float("inf")
@@ -95,7 +95,7 @@ METRICS: dict[str, Metric] = {
     "psnr_db": Metric(psnr_db, "PSNR (dB)", higher_is_better=True),
     "ssim": Metric(ssim, "SSIM", higher_is_better=True),
     "flip": Metric(flip, "FLIP", higher_is_better=False),
-    "lpips": Metric(_lpips_from_environment, "LPIPS", higher_is_better=False),
+    "lpips": Metric(lpips_from_environment, "LPIPS", higher_is_better=False),
 }
 
 

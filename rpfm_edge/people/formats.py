@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from rpfm_edge.core.errors import InputError
 from rpfm_edge.core.files import write_text
-from rpfm_edge.people.pose import FRAME, _shaped, fit_pose, scale_pose
+from rpfm_edge.people.pose import FRAME, fit_pose, scale_pose, shaped
 
 _FROM_BODY_25 = [0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]  # without mid-hip and feet
 # nose, shoulders … ears of COCO-17 and MediaPipe-33 in OpenPose's order, without the neck, which both lack
@@ -105,7 +105,7 @@ def read_pose(path: str | Path, size: tuple[int, int] = FRAME) -> np.ndarray:
     try:
         person = _first(data)
         canvas = _canvas(person)
-        points = _shaped(_parse(person, canvas or size), "the pose")
+        points = shaped(_parse(person, canvas or size), "the pose")
     except InputError as error:
         raise type(error)(f"{path}: {error.problem}", expected=error.expected, fix=error.fix) from None
     if np.isnan(points).all():
@@ -172,14 +172,14 @@ def _parse_keypoints(points: Any) -> np.ndarray:
     if isinstance(points, list) and len(points) in (17, 51):
         return from_coco(points)
     if isinstance(points, list) and len(points) == 18:
-        return _shaped([[np.nan, np.nan] if point is None else point for point in points], "the pose")
+        return shaped([[np.nan, np.nan] if point is None else point for point in points], "the pose")
     count = f"{len(points)} entries" if isinstance(points, list) else f"a {type(points).__name__}"
     raise InputError(f"its keypoints are {count}", expected=_FORMATS, fix="check which model made them")
 
 
 def write_pose(path: str | Path, keypoints: ArrayLike, size: tuple[int, int] = FRAME) -> None:
     """Write a pose, pixels x, y of ``size`` (height, width), as JSON that ``read_pose`` gives back exactly."""
-    points = _shaped(keypoints, "the pose")
+    points = shaped(keypoints, "the pose")
     # str gives the shortest decimal that float32 reads back
     rows = [None if np.isnan(x) else [float(str(x)), float(str(y))] for x, y in points]
     write_text(Path(path), json.dumps({"keypoints": rows, "size": list(size)}))

@@ -203,10 +203,10 @@ def check_pair(a: np.ndarray, b: np.ndarray) -> None:
     """Raise ``InputError`` unless both are uint8 (H, W, 3) images of one size."""
     check_image(a)
     check_image(b)
-    _check_shapes(a, b)
+    check_shapes(a, b)
 
 
-def _check_shapes(a: np.ndarray, b: np.ndarray) -> None:
+def check_shapes(a: np.ndarray, b: np.ndarray) -> None:
     if a.shape != b.shape:
         raise InputError(
             f"shapes {list(a.shape)} and {list(b.shape)} differ",

@@ -149,7 +149,7 @@ def check_pose(pose: ArrayLike, size: tuple[int, int] = FRAME, name: str = "the 
     Raises:
         InputError: another shape, inf, half a nan, a keypoint outside the picture, no visible keypoint.
     """
-    points = _shaped(pose, name)
+    points = shaped(pose, name)
     low, high = -0.5, np.array([size[1], size[0]])
     outside = np.flatnonzero(((points < low) | (points > high)).any(axis=1))  # nan compares false
     if outside.size:
@@ -165,7 +165,7 @@ def check_pose(pose: ArrayLike, size: tuple[int, int] = FRAME, name: str = "the 
     return points
 
 
-def _shaped(pose: ArrayLike, name: str) -> np.ndarray:
+def shaped(pose: ArrayLike, name: str) -> np.ndarray:
     """(18, 2) float32 without inf and with nan in pairs."""
     fix = "see rpfm_edge.people.pose.KEYPOINTS for the order"
     try:

@@ -23,7 +23,7 @@ import numpy as np
 
 import runtimes
 from rpfm_edge.bundle.engines import REFUSALS, built_by
-from rpfm_edge.chain.graph import _check_data, _check_steps, _export
+from rpfm_edge.chain.graph import check_unrolled, export_float, require_data
 from rpfm_edge.core import artifact, shipped
 from rpfm_edge.core.artifact import EVIDENCE, Artifact
 from rpfm_edge.core.backends import BACKENDS, runs_student
@@ -327,21 +327,19 @@ def plan(
         what ``planner.plan_precision`` returns. Work is kept in ``out.plan``, and continued from there.
     """
     require_module("onnxruntime", "quantize")
-    from rpfm_edge.search.candidates import PlanConfig
-
     artifact.require_free(out, "graph")
     limits = _budget(budget) if budget else BUDGET
     source, out = shipped.resolve(student), Path(out)
     kind = artifact.load(source, "student", "graph").kind
-    _check_steps(steps, kind)
+    check_unrolled(steps, kind)
     if not target or set(options or {}) - {target}:
         problem = f"options of {sorted(set(options) - {target})[0]!r}" if target and options else "no target"
         raise ConfigError(f"{problem} for a plan", expected="one target, and its options", fix="give --target")
-    data = _check_data(data, "int8")
+    data = require_data(data, "int8")
     config = PlanConfig(target, limits, options=dict((options or {}).get(target, {})), **without_none(numbers))
     if kind == "student":
         stages, graph = Stages(work_folder(out)), work_folder(out) / "float"
-        stages.once("export", steps, {"student": source}, graph, lambda: _export(source, graph, steps))
+        stages.once("export", steps, {"student": source}, graph, lambda: export_float(source, graph, steps))
         source = graph
     return plan_precision(artifact.load(source, "graph"), data, out, config)
 
