@@ -13,13 +13,16 @@ from rich.text import Text
 from rpfm_edge import api
 from rpfm_edge.core.config import parse_options
 from rpfm_edge.core.files import finite
+from rpfm_edge.core.training import Distillation, QadTable
 from rpfm_edge.judge.baseline import FOLDER
 from rpfm_edge.live.command import live
 from rpfm_edge.measure.verdict import parse_share
+from rpfm_edge.recipe.schema import StoreTable
 from rpfm_edge.report import gate as verdicts
 from rpfm_edge.report import tables
 from rpfm_edge.search.planner import work_folder
 
+STUDENT, PATHS = Distillation(), StoreTable().trajectories
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -27,21 +30,23 @@ app = typer.Typer(
     help="Distill, quantize and deploy RPFM.",
 )
 
-Data = Annotated[str, typer.Option(help="Root of a data set in one of DeepFashion's layouts, or 'sample'.")]
+Data = Annotated[str, typer.Option(help="Root of a data set, or 'sample'.")]
 Out = Annotated[Path, typer.Option(help="Where to write the result.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every draw.")]
 Backend = Annotated[str | None, typer.Option(help="One of the bundle's backends; default: all, or the first.")]
-Student = Annotated[str, typer.Argument(help="A student (path or student:xs) or a float graph.")]
+Student = Annotated[str, typer.Argument(help="A student (path or student:xs), or an FP32 graph.")]
 Bundle = Annotated[str, typer.Argument(help="The bundle to measure.")]
 Steps = Annotated[int | None, typer.Option(help="Steps to unroll; default: the student's.")]
-Samples = Annotated[int, typer.Option(help="Calibration samples.")]
-Options = Annotated[list[str] | None, typer.Option(help="BACKEND.NAME=VALUE; may be given several times.")]
-Baselines = Annotated[Path, typer.Option(help="Folder of the baselines.")]
-Slowdown = Annotated[str, typer.Option(help="What a frame may lose, such as 5% or 0.05.")]
-Rounds = Annotated[int, typer.Option(help="At least so many frames.")]
+Samples = Annotated[int, typer.Option(help="Calibration samples, at least 8.")]
+Options = Annotated[
+    list[str] | None, typer.Option(help="BACKEND.NAME=VALUE, such as openvino.threads=1; several times.")
+]
+Baselines = Annotated[Path, typer.Option(help="Folder of the baselines; verdicts go to results/ in it.")]
+Slowdown = Annotated[str, typer.Option(help="What the median frame may lose, such as 5% or 0.05.")]
+Rounds = Annotated[int, typer.Option(help="At least so many rounds.")]
 RoundSeconds = Annotated[float, typer.Option(help="For at least so long.")]
-Limit = Annotated[float, typer.Option(help="Seconds after which a verdict is 'unstable'.")]
+Limit = Annotated[float, typer.Option(help="Seconds a backend after which it is 'unstable'.")]
 
 
 @app.command()
@@ -61,10 +66,10 @@ def train(
     config: Annotated[str, typer.Argument(help="A preset (xs, s, b, l) or a TOML file.")],
     data: Data,
     out: Out,
-    seconds: Annotated[float | None, typer.Option(help="Training time of the flow network.")] = None,
-    autoencoder_seconds: Annotated[float | None, typer.Option(help="Training time of the autoencoder.")] = None,
-    alignment_seconds: Annotated[float | None, typer.Option(help="Training time of the alignment.")] = None,
-    decoder_seconds: Annotated[float | None, typer.Option(help="Training time of the aligned decoder.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Training of the flow network; default: the file's.")] = None,
+    autoencoder_seconds: Annotated[float | None, typer.Option(help="Of the small autoencoder.")] = None,
+    alignment_seconds: Annotated[float | None, typer.Option(help="Of the alignment.")] = None,
+    decoder_seconds: Annotated[float | None, typer.Option(help="Of the aligned decoder.")] = None,
     autoencoder: Annotated[
         str | None, typer.Option(help="'small', or the folder of a diffusers AutoencoderKL.")
     ] = None,
@@ -89,11 +94,11 @@ def distill(
     data: Data,
     out: Out,
     method: Annotated[str, typer.Option(help="reflow, flowmap or endpoint.")] = "flowmap",
-    steps: Annotated[int | None, typer.Option(help="Of the student; default: 4.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Training time.")] = None,
-    trajectories: Annotated[int | None, typer.Option(help="Teacher paths to solve first.")] = None,
+    steps: Annotated[int | None, typer.Option(help=f"That the student is meant for; default: {STUDENT.steps}.")] = None,
+    seconds: Annotated[float | None, typer.Option(help=f"Training time; default: {STUDENT.seconds:g}.")] = None,
+    trajectories: Annotated[int | None, typer.Option(help=f"Paths of the teacher; default: {PATHS}.")] = None,
     store_seconds: Annotated[float | None, typer.Option(help="Stop solving paths after this time.")] = None,
-    preset: Annotated[str | None, typer.Option(help="Student's architecture if the teacher is no RPFM.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Architecture, where the teacher is no RPFM.")] = None,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
@@ -108,9 +113,11 @@ def fine_tune(
     student: Annotated[str, typer.Argument(help="A student (path or student:xs).")],
     data: Data,
     out: Out,
-    precision: Annotated[str, typer.Option(help="int8 or int4-weights.")] = "int8",
-    steps: Annotated[int | None, typer.Option(help="Steps that it will run with; default: the student's.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Training time.")] = None,
+    precision: Annotated[str, typer.Option(help="That it will be quantized to: int8 or int4-weights.")] = "int8",
+    steps: Annotated[
+        int | None, typer.Option(help="Unrolled: those that it will run with; default: the student's.")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(help=f"Training time; default: {QadTable().seconds:g}.")] = None,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
@@ -123,7 +130,7 @@ def fine_tune(
 def quantize(
     student: Student,
     out: Out,
-    data: Annotated[str | None, typer.Option(help="As of distill; only int8, fp8 and nvfp4 need it.")] = None,
+    data: Annotated[str | None, typer.Option(help="A data set, or 'sample'; only int8, fp8 and nvfp4 need it.")] = None,
     precision: Annotated[
         str, typer.Option(help="fp32, fp16, int8, int8-weights, int4-weights; TensorRT only: fp8, nvfp4.")
     ] = "int8",
@@ -147,12 +154,15 @@ def plan(
     data: Data,
     out: Out,
     target: Annotated[str, typer.Option(help="The backend that has to be fast, here.")],
-    budget: Annotated[Path | None, typer.Option(help="TOML file with a table \\[drift].")] = None,
+    budget: Annotated[Path | None, typer.Option(help="TOML with \\[drift]; default: 43 dB and SSIM 0.985.")] = None,
     steps: Steps = None,
     samples: Samples = 64,
     pairs: Annotated[int | None, typer.Option(help="Validation pairs; default: 24.")] = None,
     points: Annotated[int | None, typer.Option(help="Candidates at even distances; default: 8.")] = None,
-    keep: Annotated[list[str] | None, typer.Option(help="Units that stay float, such as block0.*")] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="Units that stay float: a name or pattern, such as block0.*; several times."),
+    ] = None,
     option: Options = None,
     seed: Seed = 0,
     json: Json = False,
@@ -173,15 +183,9 @@ def plan(
 @app.command()
 def build(
     graph: Annotated[str, typer.Argument(help="A graph artifact, or a bundle to add a backend to.")],
-    target: Annotated[
-        list[str],
-        typer.Option(help="openvino, onnxruntime, tensorrt, torch-tensorrt or torch; may be given several times."),
-    ],
+    target: Annotated[list[str], typer.Option(help="A backend, such as openvino; several times, the preferred first.")],
     out: Out,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(help="BACKEND.NAME=VALUE, such as tensorrt.workspace_mib=1024; may be given several times."),
-    ] = None,
+    option: Options = None,
     json: Json = False,
 ) -> None:
     """Compile a graph for one or more backends into a bundle."""
@@ -191,7 +195,7 @@ def build(
 @app.command()
 def validate(
     bundle: Annotated[str, typer.Argument(help="The bundle to judge.")],
-    against: Annotated[str, typer.Option(help="The teacher.")],
+    against: Annotated[str, typer.Option(help="The teacher: a path, a name or a factory.")],
     data: Data,
     budget: Annotated[Path | None, typer.Option(help="TOML file with a table \\[drift].")] = None,
     backend: Backend = None,
@@ -299,7 +303,7 @@ def render(
     source: Annotated[Path, typer.Option(help="Picture of the person.")],
     pose: Annotated[Path, typer.Option(help="Pose as JSON: OpenPose, COCO, MediaPipe or plain keypoints.")],
     out: Annotated[Path, typer.Option(help="PNG to write.")],
-    source_pose: Annotated[Path | None, typer.Option(help="Joints in the picture, as JSON.")] = None,
+    source_pose: Annotated[Path | None, typer.Option(help="Its joints, as JSON; default: they are found.")] = None,
     backend: Backend = None,
     json: Json = False,
 ) -> None:
@@ -321,18 +325,22 @@ def inspect(artifact: Annotated[str, typer.Argument(help="A path or a shipped na
 @app.command()
 def frontier(
     student: Annotated[str, typer.Argument(help="A student (path or student:xs).")],
-    against: Annotated[str, typer.Option(help="The teacher.")],
+    against: Annotated[str, typer.Option(help="The teacher: a path, a name or a factory.")],
     data: Data,
     out: Out,
-    steps: Annotated[list[int] | None, typer.Option(help="May be given several times; default: 1 2 4 8.")] = None,
+    steps: Annotated[list[int] | None, typer.Option(help="Steps to unroll; several times; default: 1 2 4 8.")] = None,
     precision: Annotated[list[str] | None, typer.Option(help="Likewise; default: fp32 fp16 int8.")] = None,
     target: Annotated[list[str] | None, typer.Option(help="Likewise; default: openvino onnxruntime.")] = None,
     pairs: Annotated[int, typer.Option(help="Held-out pairs.")] = 48,
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 64,
-    runs: Annotated[int, typer.Option(help="At least so many frames of each engine, all in turns.")] = 30,
-    seconds: Annotated[float, typer.Option(help="And about so many seconds of frames, on average.")] = 2.0,
-    option: Annotated[list[str] | None, typer.Option(help="BACKEND.NAME=VALUE, several times.")] = None,
-    readme: Annotated[Path | None, typer.Option(help="Put the table between this file's two markers.")] = None,
+    samples: Samples = 64,
+    runs: Annotated[int, typer.Option(help="At least so many frames of each engine.")] = 30,
+    seconds: Annotated[
+        float, typer.Option(help="And about so many seconds of timed frames of each, on average.")
+    ] = 2.0,
+    option: Options = None,
+    readme: Annotated[
+        Path | None, typer.Option(help="Put the table between the two markers of this text file.")
+    ] = None,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:

@@ -63,13 +63,6 @@ def parsed(arguments: list[str]) -> dict[str, Any]:
     return dict(context.params)
 
 
-def test_the_page_of_the_documentation_has_every_option() -> None:
-    text = (ROOT / "docs" / "live.md").read_text()
-    for parameter in typer.main.get_command(app).commands["live"].params:
-        for name in parameter.opts if parameter.param_type_name == "option" else ():
-            assert f"`{name}`" in text or f"`{name} " in text, f"docs/live.md lacks {name}"
-
-
 def environment() -> dict[str, str]:
     pairs = [pair.partition("=") for line in settings("Environment") for pair in line.split()]
     return {name: value for name, _, value in pairs}

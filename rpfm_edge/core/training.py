@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from rpfm_edge.core.errors import ConfigError
 from rpfm_edge.core.signature import PoseKind
@@ -14,62 +14,51 @@ SMALL_MULTIPLE = 16  # pixels per latent of the small autoencoder, 8, times the 
 @dataclass(frozen=True, slots=True)
 class TeacherTraining:
     """How a teacher is made from nothing: an autoencoder, with ``pose = "keypoints"`` an alignment, the flow network on
-    the latents, and with an alignment a decoder that sees it.
+    the latents, and with an alignment a decoder that sees it. Budgets are seconds of training."""
 
-    ``seconds`` are training time of the network. ``compile``: by torch.compile.
-    """
-
-    preset: str = "xs"
-    pose: PoseKind = "keypoints"
-    size: tuple[int, int] = (256, 176)
-    autoencoder: str = "small"  # or the folder of a diffusers AutoencoderKL
-    autoencoder_seconds: float = 780.0
-    autoencoder_batch: int = 8
-    alignment_seconds: float = 2400.0
-    decoder_seconds: float = 1200.0
-    seconds: float = 3300.0
-    lr: float = 1e-3
-    ema: float = 0.999
-    sources: int = 4
-    targets_per_source: int = 8
-    guidance_scale: float = 1.5
-    guidance_schedule: Literal["constant", "power-cosine", "interval"] = "constant"
-    compile: bool = False
+    preset: Annotated[str, "xs, s, b or l"] = "xs"
+    pose: Annotated[PoseKind, "a skeleton is a drawn picture, without alignment"] = "keypoints"
+    size: Annotated[tuple[int, int], "height, width: multiples of 16 with the small autoencoder"] = (256, 176)
+    autoencoder: Annotated[str, "small, or the folder of a diffusers AutoencoderKL"] = "small"
+    autoencoder_seconds: Annotated[float, "training of the small autoencoder"] = 780.0
+    autoencoder_batch: Annotated[int, "pictures in a step of that"] = 8
+    alignment_seconds: Annotated[float, "training of the alignment, with keypoints"] = 2400.0
+    decoder_seconds: Annotated[float, "training of the decoder, with keypoints"] = 1200.0
+    seconds: Annotated[float, "training of the flow network"] = 3300.0
+    lr: Annotated[float, "learning rate of the flow network"] = 1e-3
+    ema: Annotated[float, "share that the averaged weights keep at every step"] = 0.999
+    sources: Annotated[int, "people in a batch"] = 4
+    targets_per_source: Annotated[int, "poses of each"] = 8
+    guidance_scale: Annotated[float, "1: none"] = 1.5
+    guidance_schedule: Annotated[Literal["constant", "power-cosine", "interval"], "of the scale over time"] = "constant"
+    compile: Annotated[bool, "by torch.compile, which takes a minute at the start"] = False
 
 
 @dataclass(frozen=True, slots=True)
 class Distillation:
-    """How a student is made from a teacher. ``init``: a student (path or shipped name) whose weights it starts from.
+    """How a student is made from a teacher."""
 
-    ``preset``: the student's architecture, where the teacher is no RPFM network. ``perceptual_weight``: of the decoded
-    edges, with ``endpoint`` only.
-    """
-
-    method: Literal["reflow", "flowmap", "endpoint"] = "flowmap"
-    steps: int = 4
-    seconds: float = 600.0
-    lr: float = 5e-4
-    batch: int = 64
-    init: str | None = None
-    preset: str | None = None
-    perceptual_weight: float | None = None
-    compile: bool = False
+    method: Annotated[Literal["reflow", "flowmap", "endpoint"], "of distilling"] = "flowmap"
+    steps: Annotated[int, "that the student is meant for"] = 4
+    seconds: Annotated[float, "training time"] = 600.0
+    lr: Annotated[float, "learning rate"] = 5e-4
+    batch: Annotated[int, "paths in a batch"] = 64
+    init: Annotated[str | None, "student to start from: a path or a name; default: the teacher"] = None
+    preset: Annotated[str | None, "architecture, where the teacher is no RPFM; default: the teacher's"] = None
+    perceptual_weight: Annotated[float | None, "of the decoded edges, endpoint only; default: 0.5"] = None
+    compile: Annotated[bool, "by torch.compile"] = False
 
 
 @dataclass(frozen=True, slots=True)
 class QadTable:
     """Fine-tunes a student for the precision that it will be quantized to: its rounded self learns to make the pictures
-    of its float self.
+    of its float self. ``lr`` is higher for int4-weights, whose grid is coarser."""
 
-    ``steps``: unrolled; those of [student] if left out, or the student's own. ``lr``: 1e-5 for int8 and 2e-5 for
-    int4-weights, whose grid is coarser, if left out. ``batch``: poses of one source in a batch.
-    """
-
-    precision: Literal["int8", "int4-weights"] = "int8"
-    steps: int | None = None
-    seconds: float = 400.0
-    lr: float | None = None
-    batch: int = 4
+    precision: Annotated[Literal["int8", "int4-weights"], "that the student will be quantized to"] = "int8"
+    steps: Annotated[int | None, "unrolled in training; default: the student's"] = None
+    seconds: Annotated[float, "training time"] = 400.0
+    lr: Annotated[float | None, "learning rate; default: 1e-5 for int8, 2e-5 for int4-weights"] = None
+    batch: Annotated[int, "poses of one source in a batch"] = 4
 
 
 def check_size(size: tuple[int, int], multiple: int, where: str = "") -> None:

@@ -38,19 +38,29 @@ def live(
     host: Annotated[str, typer.Option(help="Address to listen at; any but loopback needs a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8787,
     backend: Annotated[str | None, typer.Option(help="One of the bundle's backends; default: the first.")] = None,
-    motion: Annotated[Path | None, typer.Option(help="Recorded poses: a clip, JSON files or a .pose file.")] = None,
+    motion: Annotated[Path | None, typer.Option(help="Poses to replay: a clip, JSON files or a .pose file.")] = None,
     fps: Annotated[float | None, typer.Option(help="Rate of --motion; default: the file's, else 30.")] = None,
-    camera: Annotated[str | None, typer.Option(help="Number of a camera, or a video file.")] = None,
-    deadline_ms: Annotated[float | None, typer.Option(help="From pose to image; fewer steps when missed.")] = None,
-    smooth: Annotated[float, typer.Option(min=0, help="Cutoff of joint smoothing in Hz (1 to 3); 0: off.")] = 0.0,
-    still_px: Annotated[float, typer.Option(help="Reuse the image while no joint moves further.")] = 0.25,
-    token_file: Annotated[Path | None, typer.Option(help="File with the token; default: a new one.")] = None,
+    camera: Annotated[
+        str | None, typer.Option(help="Number of a camera, or a video file; --motion drives first.")
+    ] = None,
+    deadline_ms: Annotated[
+        float | None, typer.Option(help="From pose to image; fewer steps after 5 late frames.")
+    ] = None,
+    smooth: Annotated[
+        float, typer.Option(min=0, help="One-Euro filter on joints: cutoff in Hz, 1 to 3; 0: off.")
+    ] = 0.0,
+    still_px: Annotated[float, typer.Option(help="Send the last image again while no joint moves further.")] = 0.25,
+    token_file: Annotated[
+        Path | None, typer.Option(help="File with a token of 16 characters; default: a new one.")
+    ] = None,
     cert: Annotated[Path | None, typer.Option(help="Certificate (PEM), for TLS.")] = None,
     key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None,
-    origin: Annotated[list[str] | None, typer.Option(help="Of another site that may connect; several times.")] = None,
+    origin: Annotated[
+        list[str] | None, typer.Option(help="Another site whose pages may connect; several times.")
+    ] = None,
     clients: Annotated[int, typer.Option(min=1, max=256, help="At most so many at once.")] = 8,
     webrtc: Annotated[bool, typer.Option(help="Let clients choose video by WebRTC (extra webrtc).")] = False,
-    record: Annotated[Path | None, typer.Option(help="Video to write, such as live.mp4 (extra record).")] = None,
+    record: Annotated[Path | None, typer.Option(help="H.264 to write: .mp4, .mkv or .mov (extra record).")] = None,
     report: Annotated[Path, typer.Option(help="Folder of live.json and live.html at the end.")] = Path("runs/live"),
 ) -> None:
     """Serve frames for poses to browsers and headsets, until interrupted."""

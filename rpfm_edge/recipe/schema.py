@@ -4,66 +4,64 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from rpfm_edge.core.precisions import Method, Precision
 from rpfm_edge.core.training import Distillation, QadTable, TeacherTraining
 
+Table = Mapping[str, Any]
+
 
 @dataclass(frozen=True, slots=True)
 class TeacherTable(TeacherTraining):
-    """``artifact``: a path, a shipped name or a factory; without it a teacher is trained with the other keys."""
+    """The teacher, given or trained."""
 
-    artifact: str | None = None
+    artifact: Annotated[str | None, "a path, a name or a factory; default: trained by the other keys"] = None
 
 
 @dataclass(frozen=True, slots=True)
 class StoreTable:
-    """The teacher's paths that all students of a recipe are distilled from; ``seconds`` bounds the solving."""
+    """The teacher's paths that all students of a recipe are distilled from."""
 
-    trajectories: int = 2048
-    seconds: float | None = None
-    targets_per_source: int = 8
+    trajectories: Annotated[int, "paths of the teacher, rounded up to shards of 64"] = 2048
+    seconds: Annotated[float | None, "stop solving paths after this time, that of earlier runs included"] = None
+    targets_per_source: Annotated[int, "poses of each person"] = 8
 
 
 @dataclass(frozen=True, slots=True)
 class DistillTable(Distillation):
-    """One student. ``name``: the method if left out. ``init`` may also be an earlier student's name."""
+    """One student. ``init`` may also be an earlier student's name."""
 
-    name: str | None = None
+    name: Annotated[str | None, "of the student's folder: letters, digits, - and _; default: the method"] = None
 
 
 @dataclass(frozen=True, slots=True)
 class StudentTable:
-    """What goes on to graphs and bundles: the distilled student ``from`` (the last one if left out), or ``artifact``.
+    """What goes on to graphs and bundles."""
 
-    ``steps``: unrolled steps of the frame."""
-
-    artifact: str | None = None
-    from_: str | None = None
-    steps: int | None = None
+    artifact: Annotated[str | None, "build from this student instead; needed if none is distilled"] = None
+    from_: Annotated[str | None, "the distilled student that goes on to graphs and bundles; default: the last"] = None
+    steps: Annotated[int | None, "unrolled into the frame; default: the student's"] = None
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizeTable:
-    """``precision`` is the bundle's; ``also`` are further ones to report drift and speed for. ``method`` and
-    ``least_psnr_db`` are of int8. ``auto`` is the fastest precision per layer on the first target that meets
-    ``budget``: limits as in a budget file, but against the float graph."""
+    """Precisions, and how they are found. ``budget``: limits as in a budget file, but against the float graph."""
 
-    precision: Precision | Literal["auto"] = "int8"
-    also: tuple[Precision, ...] = ("fp32", "fp16")
-    samples: int = 64
-    method: Method = "ptq"
-    least_psnr_db: float | None = None
-    budget: Mapping[str, Any] = field(default_factory=dict)
+    precision: Annotated[Precision | Literal["auto"], "of the bundle; auto: the fastest on the first target"] = "int8"
+    also: Annotated[tuple[Precision, ...], "further ones to report drift and speed for"] = ("fp32", "fp16")
+    samples: Annotated[int, "calibration samples, at least 8"] = 64
+    method: Annotated[Method, "of int8"] = "ptq"
+    least_psnr_db: Annotated[float | None, "dB that accuracy-control keeps; default: 48"] = None
+    budget: Annotated[Table, "of auto; default: psnr_db_min = 43, ssim_min = 0.985"] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class BuildTable:
-    """``targets`` in order of preference; ``options`` per backend, those of [build.openvino] and so on."""
+    """Backends. ``options``: those of [build.openvino] and so on, by backend."""
 
-    targets: tuple[str, ...] = ("openvino", "onnxruntime")
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    targets: Annotated[tuple[str, ...], "in order of preference"] = ("openvino", "onnxruntime")
+    options: Annotated[Mapping[str, Table], "such as [build.torch_tensorrt]"] = field(default_factory=dict)
 
     def options_of(self, backend: str) -> dict[str, Any]:
         """Those of one backend."""
@@ -72,46 +70,46 @@ class BuildTable:
 
 @dataclass(frozen=True, slots=True)
 class ValidateTable:
-    """``pairs``: held-out pairs; ``budget``: limits on the bundle's drift against the teacher, as in a budget file."""
+    """Drift of the bundle against the teacher."""
 
-    pairs: int = 32
-    pictures: int = 6
-    budget: Mapping[str, Any] = field(default_factory=dict)
+    pairs: Annotated[int, "held-out pairs"] = 32
+    pictures: Annotated[int, "rows of pictures in the report"] = 6
+    budget: Annotated[Table, "limits, as in [drift] of a budget file"] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class BenchTable:
-    """At least ``runs`` frames and ``seconds`` for each backend and precision."""
+    """How long frames are timed."""
 
-    runs: int = 50
-    seconds: float = field(default=3.0, metadata={"from_zero": True})
+    runs: Annotated[int, "frames at least, for each backend and precision"] = 50
+    seconds: Annotated[float, "and for at least so long"] = field(default=3.0, metadata={"from_zero": True})
 
 
 @dataclass(frozen=True, slots=True)
 class RenderTable:
     """Files to render with; without them a held-out pair of the data is rendered."""
 
-    source: str | None = None
-    pose: str | None = None
+    source: Annotated[str | None, "picture to render, with pose; default: a held-out pair"] = None
+    pose: Annotated[str | None, "its pose, as JSON"] = None
 
 
 @dataclass(frozen=True, slots=True)
 class FrontierTable:
     """Quality against speed of the student that goes on, for every combination of steps, precision and target."""
 
-    steps: tuple[int, ...] = (1, 2, 4, 8)
-    precisions: tuple[Precision, ...] = ("fp32", "fp16", "int8")
-    pairs: int = 48
-    samples: int = 64
+    steps: Annotated[tuple[int, ...], "of the student that goes on"] = (1, 2, 4, 8)
+    precisions: Annotated[tuple[Precision, ...], "each runs on one of the targets at least"] = ("fp32", "fp16", "int8")
+    pairs: Annotated[int, "held-out pairs"] = 48
+    samples: Annotated[int, "calibration samples, at least 8"] = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """The whole chain. ``out`` and files are relative to the working directory; ``data`` may be ``sample``."""
 
-    out: str
-    data: str = "sample"
-    seed: int = 0
+    out: Annotated[str, "folder of the results"]
+    data: Annotated[str, "root of a data set, or sample"] = "sample"
+    seed: Annotated[int, "of every draw"] = 0
     teacher: TeacherTable = field(default_factory=TeacherTable)
     store: StoreTable = field(default_factory=StoreTable)
     distill: tuple[DistillTable, ...] = ()
