@@ -107,8 +107,8 @@ def _split(text: str) -> tuple[str, str]:
 
 
 def _table(head: str, rows: Iterable[tuple[str, str, str]]) -> str:
-    lines = [f"| {head} | Default | |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join(lines).replace("|  |", "| |") + "\n"
+    lines = [f"|{head}|Default||", "|---|---|---|", *(f"|{'|'.join(row)}|" for row in rows)]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
