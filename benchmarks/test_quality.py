@@ -26,7 +26,7 @@ Summaries = dict[int, dict[str, Summary]]  # steps â†’ "teacher" or "student" â†
 def measured(chosen: Any) -> Summaries:
     """Both networks at each number of steps, against the reference."""
     student, loaded = load_student(chosen.student)
-    size, latent_shape = tuple(loaded.config["size"]), student.network.config.latent_shape
+    size, latent_shape = tuple(loaded.config["size"]), student.network.latent_shape
     pairs = draw_pairs(open_splits(chosen.data).test, chosen.pairs, size, latent_shape, SEED)
     reference = (REFERENCE_STEPS, REFERENCE_SOLVER)
     slow = teacher_images(chosen.teacher, *pairs.inputs, [reference, *((steps, "euler") for steps in STEPS)])

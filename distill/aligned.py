@@ -12,17 +12,12 @@ from torch.nn import functional as F
 
 from distill.alignment import CONTEXT, Aligned, Alignment, enlarge, enlarged, fetch
 from distill.autoencoder import FEATURES, MASKS, SmallAutoencoder
-from distill.blocks import stack
+from distill.blocks import inner_convolutions, stack
 from distill.condition import Source, Tensors, visible
 from distill.rpfm import RPFM, RPFMConfig
 
 PHOTO_TENSORS = ("photo", "backdrop", "fine", "coarse", "summary", "joints")  # of the source, that a frame aligns
 CORNER = 8  # pixels of a photo's upper corners that show what is behind the person
-
-
-def create_network(config: RPFMConfig) -> RPFM:
-    """The network of a config, by the kind of its pose."""
-    return AlignedRPFM(config) if config.pose == "keypoints" else RPFM(config)
 
 
 class Conditioner(nn.Module):
@@ -68,8 +63,8 @@ class AlignedRPFM(RPFM):
     """
 
     pose_kind = "keypoints"
-    encodes_pose = False
     frame_tensors = ("source_kv", *PHOTO_TENSORS)
+    frozen = ("null_source", "alignment")
 
     def __init__(self, config: RPFMConfig) -> None:
         super().__init__(config)
@@ -110,6 +105,16 @@ class AlignedRPFM(RPFM):
     def start(self, noise: Tensor, tensors: Tensors) -> Tensor:
         """Where the flow starts, at t = 0."""
         return tensors["prior"] + self.config.start_noise * noise
+
+    def as_student(self, step: bool) -> RPFM:
+        """A copy whose paths go on starting where the stored ones do."""
+        student = super().as_student(step)
+        student.conditioner.requires_grad_(False)
+        return student
+
+    def int8_layers(self) -> dict[str, nn.Module]:
+        """But for the alignment's, whose rounding moves a place by less than a tenth of a pixel."""
+        return super().int8_layers() | dict(inner_convolutions(self.conditioner.layers, "conditioner.layers")[1:-1])
 
 
 def move(aligned: Aligned, photo: Tensor, fine: Tensor, backdrop: Tensor) -> Tensors:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill.blocks import ResidualBlock, by_parts, unshuffled, up
+from distill.blocks import ResidualBlock, by_parts, inner_convolutions, unshuffled, up
 from distill.resident import as_model
 from distill.train import History, TrainConfig, fit
 from rpfm_edge.core.errors import ConfigError
@@ -95,6 +95,14 @@ class SmallAutoencoder(nn.Module):
         """The image of a latent that is not normalised."""
         return F.pixel_shuffle(self.latent_to_patches(latent), self.factor) + self.decoder(latent)
 
+    def int8_layers(self) -> dict[str, nn.Module]:
+        """What ``quantize`` turns into INT8, by name: convolutions but for the decoder's ends."""
+        return self._inner_layers("decoder")
+
+    def _inner_layers(self, *parts: str) -> dict[str, nn.Module]:
+        decoder = [one for part in parts for one in inner_convolutions(getattr(self, part), part)]
+        return dict([*inner_convolutions(self.encoder, "encoder"), *decoder[1:-1]])
+
     def encode(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] → (B, C, H/8, W/8), normalised."""
         return (self.raw_encode(image) - self.mean) / self.std
@@ -124,6 +132,10 @@ class AlignedAutoencoder(SmallAutoencoder):
         nn.init.zeros_(self.high[2].weight)
         with torch.no_grad():
             self.high[2].bias.copy_(torch.tensor([0.0] * 12 + [-1.0] * 12))
+
+    def int8_layers(self) -> dict[str, nn.Module]:
+        """As of the other, in the three parts of its decoder."""
+        return self._inner_layers("low", "middle", "high")
 
     def raw_decode(self, latent: Tensor, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
         """The image of a latent that is not normalised."""
@@ -170,6 +182,20 @@ class KLAutoencoder(nn.Module):
         return self.vae.decode(latent / self.scale + self.shift).sample
 
 
+class Pixels(nn.Module):
+    """No autoencoder: pictures are their own latents."""
+
+    latent_channels, factor = 3, 1
+
+    def encode(self, image: Tensor) -> Tensor:
+        """The image."""
+        return image
+
+    def decode(self, latent: Tensor, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The latent."""
+        return latent
+
+
 def load_kl(folder: Path | str) -> KLAutoencoder:
     """Read a diffusers ``AutoencoderKL`` from a local folder (``config.json`` and safetensors); never downloads."""
     from diffusers import AutoencoderKL
@@ -200,6 +226,11 @@ def create(config: dict[str, Any]) -> nn.Module:
     raise ConfigError(
         f"unknown autoencoder {config['kind']!r}", expected="small, aligned or kl", fix="check the manifest"
     )
+
+
+def is_known(autoencoder: nn.Module) -> bool:
+    """Whether ``describe`` and ``create`` know its kind."""
+    return isinstance(autoencoder, SmallAutoencoder | KLAutoencoder)
 
 
 def describe(autoencoder: nn.Module) -> dict[str, Any]:

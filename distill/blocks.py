@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -44,3 +46,10 @@ def by_parts(x: Tensor, layer: nn.Conv2d, parts: tuple[int, ...]) -> list[Tensor
     """What a 1 × 1 convolution makes of ``x``, part by part: cutting the whole is slower than that."""
     weights, biases = layer.weight.split(parts), layer.bias.split(parts)
     return [F.conv2d(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+
+def inner_convolutions(layers: nn.Sequential, prefix: str) -> list[tuple[str, nn.Module]]:
+    """The convolutions of a sequence by name, but for those right behind an unshuffle."""
+    behind = {b for a, b in pairwise(layers) if isinstance(a, nn.PixelUnshuffle)}
+    modules = layers.named_modules(prefix=prefix)
+    return [(name, m) for name, m in modules if isinstance(m, nn.Conv2d) and m not in behind]

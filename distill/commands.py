@@ -7,24 +7,25 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import nn
 
-from distill import autoencoder as autoencoders
 from distill.batches import encode_split
+from distill.guidance import Guidance
+from distill.networks import describe
 from distill.qad import QadConfig, train_rounded
 from distill.rpfm import RPFMConfig, preset
 from distill.store import StoreConfig, build_store, load_store
 from distill.student import METHODS, DistillConfig, create_student, load_student, save_student, train_student
 from distill.teach import DTYPES, check_choice, check_people, stage_of, thin, work_folder
-from distill.teacher import RPFMTeacher, Teacher, load_teacher, move, pose_kind
+from distill.teacher import Teacher, load_teacher, move
 from distill.train import TrainConfig, check_settings, join_processes
 from rpfm_edge.core import artifact
 from rpfm_edge.core.artifact import Artifact
 from rpfm_edge.core.errors import ConfigError
 from rpfm_edge.core.flow import check_steps
+from rpfm_edge.core.signature import PoseKind
 from rpfm_edge.core.stages import identity
 from rpfm_edge.core.training import Distillation, QadTable
 from rpfm_edge.people.data import Split
@@ -66,10 +67,10 @@ def distill(recipe: DistillRecipe, teacher_spec: str, split: Split, out: Path) -
     torch.manual_seed(recipe.seed)
     work, processes = work_folder(out), join_processes()
     teacher = load_teacher(teacher_spec)
-    autoencoders.describe(cast(nn.Module, teacher.autoencoder))  # one that cannot be saved is refused now
     start, origin = load_student(recipe.init) if recipe.init else (None, None)
     student = create_student(teacher, config, _architecture(recipe, teacher), start.network if start else None)
     known_as = getattr(teacher, "digest", "") or identity(teacher_spec)
+    describe(student.network, student.autoencoder)  # what cannot be saved is refused now
     inputs = {"teacher": known_as} | ({"init": origin.digest} if origin else {})
     stored = StoreConfig(recipe.trajectories, targets_per_source=recipe.targets_per_source, seed=recipe.seed + 1)
     config = _with_inputs(config, {**inputs, "store": asdict(stored), "data": split.digest})
@@ -157,9 +158,12 @@ def _architecture(recipe: DistillRecipe, teacher: Teacher) -> RPFMConfig | None:
         return None
     channels, *latent_size = teacher.latent_shape
     factor = teacher.autoencoder.factor
-    pose = pose_kind(teacher) if isinstance(teacher, RPFMTeacher) else "skeleton"  # only an RPFM brings an alignment
+    brought = getattr(teacher, "network", None)
+    pose: PoseKind = "keypoints" if hasattr(brought, "alignment") else "skeleton"  # keypoints need an alignment
     return preset(recipe.preset, pose, latent_channels=channels, latent_size=tuple(latent_size), factor=factor)
 
 
-def _guidance(teacher: Any) -> dict[str, Any] | None:
-    return asdict(teacher.guidance) if isinstance(teacher, RPFMTeacher) else None
+def _guidance(teacher: Any) -> Any:
+    """As a manifest says it."""
+    guidance = getattr(teacher, "guidance", None)
+    return asdict(guidance) if isinstance(guidance, Guidance) else str(guidance)

@@ -1,16 +1,17 @@
 """What a network is conditioned on: the source of an identity, the pose of a frame, and the named tensors that it makes
 of them.
 
-A network is slotted in by five things (``Network``). What ``source`` returns becomes the outputs of ``prepare.onnx``,
-by name, and those that ``frame.onnx`` takes its inputs; so a person is computed once, whatever the network keeps of it.
+A network is slotted in by ``Network``; ``distill.contract`` makes one of other people's. What ``source`` returns
+becomes the outputs of ``prepare.onnx``, by name, and those that ``frame.onnx`` takes its inputs; so a person is
+computed once, whatever the network keeps of it.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rpfm_edge.core.signature import PoseKind
 from rpfm_edge.people.pose import MISSING
@@ -37,35 +38,63 @@ class Source(NamedTuple):
         return Source(*(part[:count] for part in self))
 
 
-class Network(Protocol):
-    """What the distiller and the exporter need of a network, an ``nn.Module``.
+class Network(nn.Module):
+    """What the distiller and the exporter need of a network.
 
     Attributes:
+        latent_shape: (C, h, w) of what it moves.
+        size: (H, W) of the pictures.
+        step: what embeds a step size; None in a network that knows none.
         pose_kind: what ``pose`` gets, "skeleton" (B, 3, H, W) in [-1, 1] or "keypoints" (B, 18, 2) pixels x, y with
             ``MISSING``, never nan. With "keypoints" its ``prepare`` takes the source's keypoints, too.
-
-    Optional attributes: ``encodes_pose`` (the autoencoder encodes the skeletons before ``pose`` gets them),
-    ``frame_tensors`` (names of those tensors of ``source`` that a frame takes; all, if it is not there) and ``step``
-    (None in a network that knows no step size).
+        encodes_pose: whether the autoencoder encodes the skeletons before ``pose`` gets them.
+        frame_tensors: names of those tensors of ``source`` that a frame takes; None for all.
+        frozen: its parameters and modules, by name, that no student trains.
     """
 
-    pose_kind: PoseKind
-    config: Any
+    latent_shape: tuple[int, int, int]
+    size: tuple[int, int]
+    step: nn.Module | None
+    pose_kind: PoseKind = "skeleton"
+    encodes_pose: bool = False
+    frame_tensors: tuple[str, ...] | None = None
+    frozen: tuple[str, ...] = ()
 
     def source(self, source: Source, keep: Tensor | None = None) -> Tensors:
-        """Once per identity: name → tensor, all with S in front. Where ``keep`` (S,) is False, the learned null.
+        """Once per identity: name → tensor, all with S in front. Where ``keep`` (S,) is False, what stands for nobody.
 
         ``joints`` (S, 18, 2) and ``joint_scores`` (S, 18) among them tell a user what was found.
         """
+        raise NotImplementedError
 
     def pose(self, pose: Tensor, tensors: Tensors) -> Tensors:
         """Once per frame: name → tensor, all with B in front; ``tensors`` are those of ``source`` for B sources."""
+        raise NotImplementedError
+
+    def null(self, tensors: Tensors) -> Tensors:
+        """What stands for ``tensors`` in a picture of nobody in no pose, for guidance: names and shapes as given."""
+        return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
 
     def start(self, noise: Tensor, tensors: Tensors) -> Tensor:
-        """Where the flow starts, at t = 0, from (B, C, h, w) noise and the tensors of both: the noise, for most."""
+        """Where the flow starts, at t = 0, from (B, C, h, w) noise and the tensors of both."""
+        return noise
 
-    def __call__(self, x: Tensor, t: Tensor, d: Tensor | None = None, **tensors: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, d: Tensor | None = None, **tensors: Tensor) -> Tensor:
         """Velocity at (B, C, h, w) and times (B,), or the average one over [t, t + d]; all tensors of both by name."""
+        raise NotImplementedError
+
+    def as_student(self, step: bool) -> Network:
+        """A copy to distill, which computes what this one does; with ``step`` it can learn a step size, if there is a
+        way. What it must keep is frozen."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """What ``distill.networks.create`` makes the same architecture of."""
+        raise NotImplementedError
+
+    def int8_layers(self) -> dict[str, nn.Module]:
+        """What ``quantize`` turns into INT8, by name, for quantization-aware distillation."""
+        return {}
 
 
 def visible(points: Tensor) -> Tensor:
@@ -88,9 +117,9 @@ def encoded(autoencoder: Any, pixels: Tensor, joints: Tensor) -> Source:
     return Source(autoencoder.encode(pixels), pixels, joints)
 
 
-def encode_pose(network: Any, autoencoder: Any, pose: Tensor, tensors: Tensors) -> Tensors:
+def encode_pose(network: Network, autoencoder: Any, pose: Tensor, tensors: Tensors) -> Tensors:
     """``Network.pose``, after the autoencoder where the network asks for it."""
-    if getattr(network, "encodes_pose", False):
+    if network.encodes_pose:
         with torch.no_grad():
             pose = autoencoder.encode(pose)
     return network.pose(pose, tensors)

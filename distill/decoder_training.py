@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from distill.autoencoder import ALIGNED, LATENT_NOISE, AlignedAutoencoder, SmallAutoencoder, edges, reconstruction_loss
 from distill.batches import EncodedSplit
 from distill.condition import Tensors
-from distill.teacher import RPFMTeacher, sample_teacher
+from distill.teacher import NetworkTeacher, sample_teacher
 from distill.train import History, TrainConfig, fit
 from rpfm_edge.people.data import draw_batch
 
@@ -75,7 +75,7 @@ def texture_loss(output: Tensor, image: Tensor) -> Tensor:
 
 @torch.no_grad()
 def draw_decoding(
-    data: EncodedSplit, teacher: RPFMTeacher, config: DecoderTraining, rng: np.random.Generator, steps: int
+    data: EncodedSplit, teacher: NetworkTeacher, config: DecoderTraining, rng: np.random.Generator, steps: int
 ) -> tuple[Tensor, Tensor, Tensors]:
     """Latents, true pictures and the decoder's tensors for a batch; ``steps`` 0: all latents are true and exact."""
     device = next(teacher.network.parameters()).device
@@ -91,14 +91,14 @@ def draw_decoding(
     if steps:
         noise = torch.randn(latent.shape, generator=draw).to(device)
         true = torch.rand(len(latent), generator=draw).to(device) < config.true_share
-        made = sample_teacher(teacher, noise, condition, steps)
+        made = sample_teacher(teacher, noise, condition, steps)[-1]
         latent = torch.where(true[:, None, None, None], latent + LATENT_NOISE * noise, made)
     return latent, truth, {name: condition[name] for name in ALIGNED}
 
 
 def train_decoder(
     autoencoder: AlignedAutoencoder,
-    teacher: RPFMTeacher,
+    teacher: NetworkTeacher,
     data: EncodedSplit,
     config: DecoderTraining,
     checkpoint: Path,
@@ -120,7 +120,7 @@ def train_decoder(
 
 
 def held_out_decoding(
-    data: EncodedSplit, teacher: RPFMTeacher, config: DecoderTraining
+    data: EncodedSplit, teacher: NetworkTeacher, config: DecoderTraining
 ) -> Callable[[nn.Module], float]:
     """The loss on pictures that are always the same, from the teacher's latents of one step."""
     rng, plain = np.random.default_rng(0), DecoderTraining(true_share=0.0, joint_noise_px=0.0)

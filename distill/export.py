@@ -74,10 +74,9 @@ class Frame(nn.Module):
 @torch.no_grad()
 def source_tensors(student: Student) -> Tensors:
     """The network's tensors of one source, all black and nobody on it: what counts are their names and shapes."""
-    network, factor = student.network, student.autoencoder.factor
-    channels, height, width = network.config.latent_shape
-    latent = next(network.parameters()).new_zeros(1, channels, height, width)
-    pixels, joints = latent.new_zeros(1, 3, factor * height, factor * width), latent.new_full((1, 18, 2), MISSING)
+    network = student.network
+    latent = next(network.parameters()).new_zeros(1, *network.latent_shape)
+    pixels, joints = latent.new_zeros(1, 3, *network.size), latent.new_full((1, 18, 2), MISSING)
     tensors: Tensors = network.source(Source(latent, pixels, joints))
     assert not RESERVED & tensors.keys(), "a tensor has the name of another input"
     return tensors
@@ -86,7 +85,7 @@ def source_tensors(student: Student) -> Tensors:
 def frame_tensors(student: Student) -> Tensors:
     """Those of them that a frame takes."""
     tensors = source_tensors(student)
-    return {name: tensors[name] for name in getattr(student.network, "frame_tensors", tensors)}
+    return {name: tensors[name] for name in student.network.frame_tensors or tensors}
 
 
 def to_float(image: Tensor) -> Tensor:
@@ -100,7 +99,7 @@ def signatures(student: Student, size: tuple[int, int]) -> dict[str, Signature]:
     source, image = TensorSpec("source", *picture), TensorSpec("image", *picture)
     by_points = student.network.pose_kind == "keypoints"
     pose = TensorSpec("pose", *(points if by_points else picture))
-    noise = TensorSpec("noise", (1, *student.network.config.latent_shape), "float32")
+    noise = TensorSpec("noise", (1, *student.network.latent_shape), "float32")
 
     def specs(tensors: Tensors) -> tuple[TensorSpec, ...]:
         return tuple(TensorSpec(name, tuple(tensor.shape), "float32") for name, tensor in tensors.items())
@@ -139,7 +138,7 @@ def export(path: str | Path, out: Path, steps: int | None = None, noise_seed: in
         "steps": steps,
         "precision": "fp32",
         "size": list(size),
-        "latent_shape": list(student.network.config.latent_shape),
+        "latent_shape": list(student.network.latent_shape),
         "pose": student.network.pose_kind,
         "factory": FACTORY,
         "student": loaded.digest,

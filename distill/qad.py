@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -20,10 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from distill.aligned import AlignedRPFM
-from distill.autoencoder import AlignedAutoencoder, SmallAutoencoder
 from distill.condition import encoded
-from distill.rpfm import Block
 from distill.student import Student
 from distill.train import History, TrainConfig, fit
 from rpfm_edge.core.progress import progress
@@ -75,32 +71,15 @@ class Rendering(nn.Module):
 def int8_layers(student: Student) -> dict[str, nn.Module]:
     """The modules that ``quantize`` turns into INT8, by name: the rule of ``quantize.layers``, told of modules.
 
-    But for the alignment's, whose rounding moves a place by less than a tenth of a pixel. An autoencoder of another
-    kind stays in float here, so what quantization does to it is not trained against.
+    A network or an autoencoder that does not name its own stays in float here, so what quantization does to it is not
+    trained against.
     """
-    network, autoencoder = student.network, student.autoencoder
-    found: dict[str, nn.Module] = {}
-    for name, block in network.named_modules(prefix="network"):
-        if isinstance(block, Block):  # the modulation becomes a constant of the graph
-            layers = block.named_modules(prefix=name)
-            found |= {n: m for n, m in layers if isinstance(m, nn.Linear) and m is not block.modulation}
-    if network.pose_encoder is not None:
-        found |= dict(_convolutions(network.pose_encoder.layers, "network.pose_encoder.layers")[:-1])
-    if isinstance(network, AlignedRPFM):
-        found |= dict(_convolutions(network.conditioner.layers, "network.conditioner.layers")[1:-1])
-    if isinstance(autoencoder, SmallAutoencoder):
-        found |= dict(_convolutions(autoencoder.encoder, "autoencoder.encoder"))
-        parts = ("low", "middle", "high") if isinstance(autoencoder, AlignedAutoencoder) else ("decoder",)
-        decoder = [one for part in parts for one in _convolutions(getattr(autoencoder, part), f"autoencoder.{part}")]
-        found |= dict(decoder[1:-1])
-    return found
-
-
-def _convolutions(layers: nn.Sequential, prefix: str) -> list[tuple[str, nn.Module]]:
-    """Those of a sequence, but for the ones right behind an unshuffle."""
-    unshuffled = {b for a, b in pairwise(layers) if isinstance(a, nn.PixelUnshuffle)}
-    modules = layers.named_modules(prefix=prefix)
-    return [(name, m) for name, m in modules if isinstance(m, nn.Conv2d) and m not in unshuffled]
+    parts = {"network": student.network, "autoencoder": student.autoencoder}
+    return {
+        f"{part}.{name}": layer
+        for part, module in parts.items()
+        for name, layer in getattr(module, "int8_layers", dict)().items()
+    }
 
 
 # Rounding ------------------------------------------------------------------------------------------------------------
@@ -222,12 +201,11 @@ def train_rounded(
     student: Student, split: Split, size: tuple[int, int], config: QadConfig, checkpoint: Path
 ) -> tuple[Student, History]:
     """Fine-tune a float student on ``split`` and return its EMA. Resumes from ``checkpoint``."""
-    device, latent = next(student.parameters()).device, student.network.config.latent_shape
+    device, latent = next(student.parameters()).device, student.network.latent_shape
     exact = Rendering(deepcopy(student).eval().requires_grad_(False), config.steps)
     rounded = Rendering(student.requires_grad_(True), config.steps)
-    student.network.null_source.requires_grad_(False)  # of guidance, which is folded in
-    if isinstance(student.network, AlignedRPFM):
-        student.network.alignment.requires_grad_(False)  # it is not rounded here
+    for name in student.network.frozen:
+        getattr(student.network, name).requires_grad_(False)
 
     def batch(targets: int, rng: np.random.Generator) -> Batch:
         source, pose, noise = draw(split, size, targets, latent, rng, student.network.pose_kind)

@@ -50,7 +50,7 @@ def teacher_images(
     move(teacher, PartialState().device)
 
     def latent(noise: Tensor, condition: Any, budget: tuple[int, str]) -> Tensor:
-        return sample_teacher(teacher, noise, condition, budget[0], cast(Solver, budget[1]))
+        return sample_teacher(teacher, noise, condition, budget[0], cast(Solver, budget[1]))[-1]
 
     pairs = _batches(_Pairs(sources, source_poses, poses, noise), "teacher", pose_kind(teacher), batch)
     return _images(teacher, pairs, list(budgets), latent, precision)

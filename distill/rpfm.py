@@ -15,14 +15,15 @@ The paper gives no code; what it leaves open is read here so that the device is 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill.blocks import ResidualBlock
-from distill.condition import Source, Tensors
+from distill.blocks import ResidualBlock, inner_convolutions
+from distill.condition import Network, Source, Tensors
 from rpfm_edge.core.errors import ConfigError
 from rpfm_edge.core.signature import PoseKind
 
@@ -169,18 +170,20 @@ class PoseEncoder(nn.Module):
         return self.layers(image)
 
 
-class RPFM(nn.Module):
+class RPFM(Network):
     """The velocity v(x_t, t | pose, source); with a step embedding the flow map's u(x_t, t, d | pose, source).
 
     Its pose is a drawn skeleton. Its source's keys and values are the tensor ``source_kv``."""
 
-    pose_kind: PoseKind = "skeleton"
+    frozen: tuple[str, ...] = ("null_source",)
 
     def __init__(self, config: RPFMConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.latent_shape = config, config.latent_shape
+        self.size = (config.factor * config.latent_size[0], config.factor * config.latent_size[1])
         dim, patch, channels = config.dim, config.patch, config.latent_channels
         pose_channels = config.pose_channels or channels
+        self.encodes_pose = config.pose == "skeleton" and not config.pose_channels
         by_picture = config.pose == "skeleton" and config.pose_channels
         self.pose_encoder = PoseEncoder(config.factor, pose_channels) if by_picture else None
         self.embed = nn.Linear((channels + pose_channels) * patch**2, dim)
@@ -195,11 +198,6 @@ class RPFM(nn.Module):
         self.shared_modulation = zero_linear(dim, 6 * dim) if shared else None
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.modulation, self.head = zero_linear(dim, 2 * dim), zero_linear(dim, channels * patch**2)
-
-    @property
-    def encodes_pose(self) -> bool:
-        """Whether the autoencoder encodes the skeleton before ``pose`` gets it."""
-        return self.pose_encoder is None
 
     def source(self, source: Source, keep: Tensor | None = None) -> Tensors:
         """``source_kv``: keys and values of every layer for S sources, (S, layers, 2, heads, N, hd).
@@ -225,11 +223,39 @@ class RPFM(nn.Module):
         """``pose``: features (B, P, h, w) of skeletons (B, 3, H, W), or their latents as they are."""
         return {"pose": pose if self.pose_encoder is None else self.pose_encoder(pose)}
 
-    def start(self, noise: Tensor, tensors: Tensors) -> Tensor:
-        """Where the flow starts, at t = 0: at the noise."""
-        return noise
+    def null(self, tensors: Tensors) -> Tensors:
+        """The learned null in place of the source; zeros in place of the rest."""
+        features = self.embed_source.in_features // self.config.patch**2
+        nothing = self.position.new_zeros(1, features, *self.config.latent_size)
+        learned = self.keys_and_values(nothing, torch.zeros(1, dtype=torch.bool, device=nothing.device))
+        return super().null(tensors) | {"source_kv": learned.expand_as(tensors["source_kv"])}
 
-    def forward(
+    def as_student(self, step: bool) -> RPFM:
+        """A copy whose step embedding, where it gets one, is zero; the null, folded in with the guidance, is frozen."""
+        config = replace(self.config, step_embedding=step or self.config.step_embedding)
+        student = type(self)(config)
+        student.load_state_dict(self.state_dict(), strict=False)
+        for name in self.frozen:
+            getattr(student, name).requires_grad_(False)
+        return student
+
+    def describe(self) -> dict[str, Any]:
+        """Its config."""
+        return asdict(self.config)
+
+    def int8_layers(self) -> dict[str, nn.Module]:
+        """What ``quantize`` turns into INT8, by name: blocks but for the modulation, which becomes a constant of the
+        graph, and the pose encoder."""
+        found: dict[str, nn.Module] = {}
+        for name, block in self.blocks.named_modules(prefix="blocks"):
+            if isinstance(block, Block):
+                layers = block.named_modules(prefix=name)
+                found |= {n: m for n, m in layers if isinstance(m, nn.Linear) and m is not block.modulation}
+        if self.pose_encoder is not None:
+            found |= dict(inner_convolutions(self.pose_encoder.layers, "pose_encoder.layers")[:-1])
+        return found
+
+    def forward(  # type: ignore[override]  # of all tensors it looks at two
         self, x: Tensor, t: Tensor, d: Tensor | None = None, *, pose: Tensor, source_kv: Tensor, **others: Tensor
     ) -> Tensor:
         """Velocity, or average velocity over [t, t + d].

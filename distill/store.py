@@ -23,11 +23,11 @@ from torch import Tensor
 
 from distill.batches import EncodedSplit
 from distill.resident import settle
-from distill.teacher import Teacher, first_state, pose_kind
+from distill.teacher import Teacher, pose_kind, sample_teacher
 from distill.weights import readable
 from rpfm_edge.core.errors import ConfigError, InputError
 from rpfm_edge.core.files import write_bytes, write_text
-from rpfm_edge.core.flow import Solver, solve, time_grid
+from rpfm_edge.core.flow import Solver
 from rpfm_edge.core.progress import progress
 from rpfm_edge.people.data import Split, draw_batch
 
@@ -153,10 +153,7 @@ def _solve_shards(
     kind = torch.device(device).type
     with torch.autocast(kind, torch.bfloat16, enabled=_fast_bfloat16(kind)):
         condition = teacher.condition(batch.source, batch.pose)
-        begin = first_state(teacher, noise, condition)
-        states = solve(
-            lambda x, t: teacher.velocity(x, t, condition).float(), begin, time_grid(config.grid), config.solver
-        )
+        states = sample_teacher(teacher, noise, condition, config.grid, config.solver)
     paths = torch.stack(states, dim=1).half().cpu().split(config.shard_size)
     return [
         {

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill import autoencoder as autoencoders
 from distill import targets
-from distill.aligned import AlignedRPFM, create_network
 from distill.autoencoder import edges
 from distill.batches import EncodedSplit
-from distill.condition import Source, Tensors, encode_pose, per_target
-from distill.rpfm import RPFM, RPFMConfig
+from distill.condition import Network, Source, Tensors, encode_pose, per_target
+from distill.networks import create, create_network, describe
+from distill.rpfm import RPFMConfig
 from distill.store import Trajectories
-from distill.teacher import RPFMTeacher, Teacher, network_config
+from distill.teacher import Teacher
 from distill.train import History, TrainConfig, fit
 from distill.weights import load_weights, save_weights
 from rpfm_edge.core import artifact, shipped
@@ -46,7 +45,7 @@ class DistillConfig:
 class Student(nn.Module):
     """A flow map u(x, t, d) with its autoencoder; one network evaluation per step."""
 
-    def __init__(self, network: RPFM, autoencoder: nn.Module) -> None:
+    def __init__(self, network: Network, autoencoder: nn.Module) -> None:
         super().__init__()
         self.network, self.autoencoder = network, autoencoder
 
@@ -104,54 +103,59 @@ class DistillLoss(nn.Module):
         return loss
 
 
-def examples(states: Tensor, config: DistillConfig, rng: np.random.Generator) -> tuple[Tensor, ...]:
-    """What a method learns from paths (B, grid + 1, C, h, w): x, t, d and velocity, or the states of an endpoint."""
+def examples(
+    states: Tensor, config: DistillConfig, rng: np.random.Generator, fixed: bool = False
+) -> tuple[Tensor, ...]:
+    """What a method learns from paths (B, grid + 1, C, h, w): x, t, d and velocity, or the states of an endpoint.
+
+    ``fixed``: the network knows no step size, so a flow map is learnt for the config's steps alone.
+    """
     if config.method == "endpoint":
         return tuple(targets.endpoint(states, config.steps))
-    target = targets.reflow(states, rng) if config.method == "reflow" else targets.flowmap(states, rng)
+    if config.method == "reflow":
+        target = targets.reflow(states, rng)
+    else:
+        target = targets.flowmap(states, rng, config.steps if fixed else None)
     return target.x, target.t, target.d, target.velocity
 
 
 def create_student(
-    teacher: Teacher, config: DistillConfig, network: RPFMConfig | None = None, start: RPFM | None = None
+    teacher: Teacher, config: DistillConfig, network: RPFMConfig | None = None, start: Network | None = None
 ) -> Student:
-    """A student that begins with the weights of ``start``, otherwise the teacher's, where the teacher is an RPFM.
+    """A student that begins as a copy of ``start``, otherwise of the teacher's network, if it brings one.
 
     Its architecture is that of these weights, and a ``network`` that differs is refused; without any it is a fresh
-    ``network``. With ``flowmap`` it gets a step embedding, if it has none, that starts at zero, so it begins as what it
-    was.
+    ``network``. With ``flowmap`` it gets a step embedding, if it has none and there is a way, that starts at zero, so
+    it begins as what it was.
     """
     if config.method not in METHODS:
         raise ConfigError(f"unknown method {config.method!r}", expected=f"one of {METHODS}", fix="check the spelling")
     if config.method != "reflow" and config.steps not in MAP_STEPS:
         expected = f"1, 2, 4 or 8, which the stored paths have, for {config.method}"
         raise ConfigError(f"{config.steps} steps", expected=expected, fix="choose one of them")
-    start = start or (teacher.network if isinstance(teacher, RPFMTeacher) else None)
+    brought = getattr(teacher, "network", None)
+    if isinstance(brought, Network) and (network is None or isinstance(brought, type(create_network(network)))):
+        start = start or brought
     if start is not None:
-        _check_start(teacher, config, network, start.config)
+        _check_start(teacher, config, network, start)
     elif network is None:
         raise ConfigError(
-            "a teacher that is no RPFM network", expected="the student's architecture", fix="give a preset: --preset xs"
+            "a teacher that brings no network", expected="the student's architecture", fix="give a preset: --preset xs"
         )
-    base = start.config if start is not None else network
-    assert base is not None
-    student = create_network(replace(base, step_embedding=base.step_embedding or config.method == "flowmap"))
-    if start is not None:
-        student.load_state_dict(start.state_dict(), strict=False)
-    student.null_source.requires_grad_(False)  # of guidance, which is folded in
-    if isinstance(student, AlignedRPFM):  # its paths must go on starting where the stored ones do
-        student.conditioner.requires_grad_(False)
+    else:
+        start = create_network(network)
     assert isinstance(teacher.autoencoder, nn.Module)
-    return Student(student, teacher.autoencoder)
+    return Student(start.as_student(step=config.method == "flowmap"), teacher.autoencoder)
 
 
-def _check_start(teacher: Teacher, config: DistillConfig, network: RPFMConfig | None, start: RPFMConfig) -> None:
+def _check_start(teacher: Teacher, config: DistillConfig, network: RPFMConfig | None, start: Network) -> None:
     """A student can start from a network whose latents are the teacher's, and which is the one that was asked for."""
-    given: dict[str, Any] = {"latents": start.latent_shape, "pixels per latent": start.factor}
-    wanted: dict[str, Any] = {"latents": tuple(teacher.latent_shape), "pixels per latent": teacher.autoencoder.factor}
+    given: dict[str, Any] = {"latents": tuple(start.latent_shape), "pictures": tuple(start.size)}
+    wanted: dict[str, Any] = {"latents": tuple(teacher.latent_shape), "pictures": tuple(teacher.size)}
     if network is not None:
-        given |= {"architecture": replace(start, step_embedding=False)}
-        wanted |= {"architecture": network}
+        own, other = start.describe() | {"step_embedding": False}, asdict(network)
+        differing = [key for key in other if own.get(key) != other[key]]
+        given["architecture"], wanted["architecture"] = ({k: one.get(k) for k in differing} for one in (own, other))
     for name, value in wanted.items():
         if given[name] != value:
             raise ConfigError(
@@ -159,7 +163,7 @@ def _check_start(teacher: Teacher, config: DistillConfig, network: RPFMConfig | 
                 expected=str(value),
                 fix="start from another one" + (", or leave the preset out" if name == "architecture" else ""),
             )
-    if start.step_embedding and config.method == "reflow":
+    if start.step is not None and config.method == "reflow":
         raise ConfigError(
             "reflow, whose network knows no step size, cannot start from one that does",
             expected="a reflow student, or none",
@@ -172,7 +176,7 @@ def train_student(
 ) -> tuple[Student, History]:
     """Distill on stored paths and return the EMA student. Resumes from ``checkpoint``."""
     loss, data = DistillLoss(student, config), replace(data, pose=student.network.pose_kind)
-    groups = len(store.states) // store.targets_per_source
+    groups, fixed = len(store.states) // store.targets_per_source, student.network.step is None
 
     def step_loss(model: nn.Module, step: int, rng: np.random.Generator) -> Tensor:
         device = next(model.parameters()).device
@@ -182,7 +186,7 @@ def train_student(
         shape = (len(chosen), store.targets_per_source)
         batch = data.batch(store.sources[first], store.targets[rows].reshape(shape), store.flips[first], device)
         paths = store.states[torch.from_numpy(rows).to(store.states.device)].to(device).float()
-        return model(batch.source, batch.pose, *examples(paths, config, rng))
+        return model(batch.source, batch.pose, *examples(paths, config, rng, fixed))
 
     ema, history = fit(loss, step_loss, config.train, checkpoint, config.method)
     return Student(ema.network, student.autoencoder), history
@@ -202,11 +206,11 @@ def save_student(
 ) -> Artifact:
     """Write the artifact of a student; ``facts`` join its config."""
     record = {
-        "network": asdict(student.network.config),
-        "autoencoder": autoencoders.describe(student.autoencoder),
+        **describe(student.network, student.autoencoder),
         "size": list(size),
         "method": config.method,
         "steps": config.steps,
+        "fixed_steps": config.method == "flowmap" and student.network.step is None,
         **facts,
     }
     with artifact.replacing_folder(out, "student") as folder:
@@ -219,8 +223,7 @@ def save_student(
 def load_student(path: str | Path) -> tuple[Student, Artifact]:
     """The student of an artifact's path or shipped name, with the artifact."""
     loaded = artifact.load(shipped.resolve(path), "student")
-    network = create_network(network_config(loaded.config))
+    network, autoencoder = create(loaded.config)
     load_weights(network, loaded.file("network.safetensors"))
-    autoencoder = autoencoders.create(loaded.config["autoencoder"])
     load_weights(autoencoder, loaded.file("autoencoder.safetensors"))
     return Student(network, autoencoder).eval().requires_grad_(False), loaded

@@ -41,12 +41,14 @@ def reflow(states: Tensor, rng: np.random.Generator) -> Target:
     return Target((1 - time) * x_0 + time * x_1, t, torch.zeros_like(t), x_1 - x_0)
 
 
-def flowmap(states: Tensor, rng: np.random.Generator) -> Target:
-    """Average velocity between stored states of one path: ``(x_{t+d} - x_t) / d`` with d in {1, 1/2, 1/4, 1/8}."""
+def flowmap(states: Tensor, rng: np.random.Generator, steps: int | None = None) -> Target:
+    """Average velocity between stored states of one path: ``(x_{t+d} - x_t) / d`` with d in {1, 1/2, 1/4, 1/8}, or with
+    d = 1 / ``steps`` alone."""
     grid = states.shape[1] - 1
-    steps = 2 ** rng.choice(MAX_STEPS_LOG2 + 1, size=len(states), p=STEP_ODDS)
-    start = (rng.random(len(states)) * steps).astype(np.int64) * grid // steps
-    return segment(states, start, start + grid // steps)
+    some = rng.choice(MAX_STEPS_LOG2 + 1, size=len(states), p=STEP_ODDS)
+    counts = 2**some if steps is None else np.full(len(states), steps)
+    start = (rng.random(len(states)) * counts).astype(np.int64) * grid // counts
+    return segment(states, start, start + grid // counts)
 
 
 def segment(states: Tensor, start: np.ndarray, stop: np.ndarray) -> Target:

@@ -17,14 +17,16 @@ from accelerate import PartialState
 
 from distill import autoencoder as autoencoders
 from distill.align_training import AlignmentTraining, train_alignment
-from distill.aligned import AlignedRPFM, create_network
+from distill.aligned import AlignedRPFM
 from distill.alignment import Alignment
 from distill.autoencoder import AutoencoderTraining, SmallAutoencoder, SmallAutoencoderConfig, train_autoencoder
 from distill.batches import EncodedSplit, encode_split, fingerprint
 from distill.decoder_training import DecoderTraining, train_decoder, with_aligned_decoder
+from distill.guidance import Guidance
+from distill.networks import create_network
 from distill.resident import Pictures, open_pictures
 from distill.rpfm import RPFMConfig, preset
-from distill.teacher import TOOLS, FlowMatchingConfig, Guidance, RPFMTeacher, save_teacher, train_teacher
+from distill.teacher import TOOLS, FlowMatchingConfig, NetworkTeacher, save_teacher, train_teacher
 from distill.train import History, TrainConfig, join_processes
 from distill.weights import load_weights, save_weights, weights_digest
 from rpfm_edge.core import artifact
@@ -116,7 +118,7 @@ def _flow(
     data: EncodedSplit,
     watched: EncodedSplit | None,
     work: Path,
-) -> tuple[RPFMTeacher, Stage, dict[str, Any]]:
+) -> tuple[NetworkTeacher, Stage, dict[str, Any]]:
     """The teacher, with the stage that it was trained in and the curves of that."""
     learnt_from = {
         "autoencoder": fingerprint(autoencoder),
@@ -129,7 +131,8 @@ def _flow(
     limits = _limits(TrainConfig(lr=recipe.lr, ema=recipe.ema), recipe, recipe.seconds, learnt_from)
     config = FlowMatchingConfig(limits, recipe.sources, recipe.targets_per_source)
     network, history = train_teacher(network, autoencoder, data, config, work / "teacher.safetensors", watched)
-    teacher = RPFMTeacher(network, autoencoder, Guidance(recipe.guidance_scale, recipe.guidance_schedule), recipe.size)
+    guidance = Guidance(recipe.guidance_scale, recipe.guidance_schedule)
+    teacher = NetworkTeacher(network, autoencoder, guidance, recipe.size)
     curves = {"losses": thin(history.losses), "validation": curve(history)}
     return teacher, stage_of("train", config, history, data.split), curves
 
@@ -195,7 +198,7 @@ def _alignment(recipe: TrainRecipe, people: People, work: Path) -> tuple[Alignme
 
 
 def _decoder(
-    recipe: TrainRecipe, teacher: RPFMTeacher, data: EncodedSplit, watched: EncodedSplit | None, work: Path
+    recipe: TrainRecipe, teacher: NetworkTeacher, data: EncodedSplit, watched: EncodedSplit | None, work: Path
 ) -> Stage:
     """Give the teacher a decoder that sees the aligned source."""
     assert isinstance(teacher.autoencoder, SmallAutoencoder)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, get_args
 
@@ -14,18 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill import autoencoder as autoencoders
-from distill.aligned import create_network
 from distill.autoencoder import Autoencoder
 from distill.batches import EncodedSplit
-from distill.condition import Source, Tensors, encode_pose, per_target
-from distill.rpfm import RPFM, RPFMConfig
+from distill.condition import Network, Source, Tensors, encode_pose, per_target
+from distill.contract import ContractNetwork, Fit, Parts, PathFunction, call_factory, is_factory
+from distill.guidance import Branch, Guidance, branches
+from distill.networks import create, describe
 from distill.train import History, TrainConfig, fit
 from distill.weights import load_weights, save_weights
 from rpfm_edge.core import artifact, shipped
 from rpfm_edge.core.artifact import Artifact, Stage
 from rpfm_edge.core.errors import ConfigError
-from rpfm_edge.core.flow import Solver, guidance_scale, interpolate, solve, target_velocity, time_grid
+from rpfm_edge.core.flow import Solver, interpolate, solve, target_velocity, time_grid
 from rpfm_edge.core.signature import PoseKind
 from rpfm_edge.people.data import draw_batch
 
@@ -37,7 +35,9 @@ NULL = "null_"  # before the names of tensors of no source, in a condition
 class Teacher(Protocol):
     """The velocity contract: all that distillation and validation need. Any ``package.module:factory`` may give one.
 
-    It may have an attribute ``pose``, the kind that it wants: "skeleton" without it.
+    It may have an attribute ``pose``, the kind that it wants, "skeleton" without it; ``start(noise, condition)``, where
+    its flow starts, at the noise without it; and ``path(noise, condition, times)``, its own sampler: see
+    ``contract.Parts``, by which a teacher brings its modules, too.
     """
 
     autoencoder: Autoencoder
@@ -52,14 +52,6 @@ class Teacher(Protocol):
 
     def velocity(self, x: Tensor, t: float, condition: Any) -> Tensor:
         """Guided dx/dt of (B, C, h, w) at time t (0 noise, 1 image)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Guidance:
-    """Classifier-free guidance: ``v = v_null + w(t) (v_cond - v_null)``; schedules in ``flow.guidance_scale``."""
-
-    scale: float = 1.5
-    schedule: str = "constant"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +87,7 @@ class Example(NamedTuple):
 class FlowMatchingLoss(nn.Module):
     """``E || v(x_t, t | x_s, y_p) - (y - (1 - sigma_min) z) ||²`` (arXiv 2505.03562), over one batch."""
 
-    def __init__(self, network: RPFM, autoencoder: nn.Module, config: FlowMatchingConfig) -> None:
+    def __init__(self, network: Network, autoencoder: nn.Module, config: FlowMatchingConfig) -> None:
         super().__init__()
         self.network, self.config = network, config
         self._autoencoder = [autoencoder]  # in a list: frozen, not a part of the training state
@@ -138,13 +130,13 @@ def draw_example(
 
 
 def train_teacher(
-    network: RPFM,
+    network: Network,
     autoencoder: nn.Module,
     data: EncodedSplit,
     config: FlowMatchingConfig,
     checkpoint: Path,
     validation: EncodedSplit | None = None,
-) -> tuple[RPFM, History]:
+) -> tuple[Network, History]:
     """Train by flow matching and return the EMA network. Resumes from ``checkpoint``.
 
     With ``validation`` the history holds the loss on it too, every ``config.train.evaluate_every_s``.
@@ -176,16 +168,25 @@ def held_out_loss(data: EncodedSplit, config: FlowMatchingConfig) -> Callable[[n
     return evaluate
 
 
-class RPFMTeacher:
+class NetworkTeacher:
     """A trained network with its autoencoder and guidance, behind the velocity contract."""
 
-    def __init__(self, network: RPFM, autoencoder: nn.Module, guidance: Guidance, size: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        network: Network,
+        autoencoder: nn.Module,
+        guidance: Guidance | tuple[Branch, ...],
+        size: tuple[int, int],
+        path: PathFunction | None = None,
+        fit: Fit = "pad",
+    ) -> None:
         self.network, self.autoencoder, self.guidance = network.eval(), autoencoder.eval(), guidance
-        self.latent_shape, self.size, self.pose = network.config.latent_shape, size, network.pose_kind
+        self.latent_shape, self.size, self.pose = network.latent_shape, size, network.pose_kind
+        self.path, self.fit = path, fit
         self.digest = ""
         self.lineage: tuple[Stage, ...] = ()
 
-    def to(self, device: torch.device | str) -> RPFMTeacher:
+    def to(self, device: torch.device | str) -> NetworkTeacher:
         """Move the networks to a device."""
         self.network.to(device)
         self.autoencoder.to(device)
@@ -193,17 +194,13 @@ class RPFMTeacher:
 
     @torch.no_grad()
     def condition(self, source: Source, pose: Tensor) -> Tensors:
-        """The network's tensors of source and pose, each for B images; with guidance those of no source besides, behind
-        ``null_``."""
-        count = len(pose)
-        tensors = per_target(self.network.source(source), count // len(source.latent))
+        """The network's tensors of source and pose, each for B images; with guidance those that stand for nothing
+        besides, behind ``null_``."""
+        tensors = per_target(self.network.source(source), len(pose) // len(source.latent))
         tensors |= encode_pose(self.network, self.autoencoder, pose, tensors)
-        if self.guidance.scale == 1.0:
+        if len(branches(self.guidance, tensors)) == 1:
             return tensors
-        nothing = torch.zeros(1, dtype=torch.bool, device=source.latent.device)
-        null = self.network.source(source.first(1), keep=nothing)
-        without = {NULL + name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in null.items()}
-        return tensors | without
+        return tensors | {NULL + name: tensor for name, tensor in self.network.null(tensors).items()}
 
     def start(self, noise: Tensor, condition: Tensors) -> Tensor:
         """Where the network's flow starts."""
@@ -211,19 +208,14 @@ class RPFMTeacher:
 
     @torch.no_grad()
     def velocity(self, x: Tensor, t: float, condition: Tensors) -> Tensor:
-        """The guided velocity; one network evaluation where the guidance scale is 1, two elsewhere."""
-        scale = guidance_scale(t, self.guidance.scale, self.guidance.schedule)
-        time = x.new_full((len(x),), t)
+        """The guided velocity: one network evaluation for each branch that counts at this time."""
         given = {name: tensor for name, tensor in condition.items() if not name.startswith(NULL)}
-        conditional = self.network(x, time, **given)
-        if scale == 1.0:
-            return conditional
-        nothing = {
-            name: condition[NULL + name] if NULL + name in condition else torch.zeros_like(tensor)
-            for name, tensor in given.items()
-        }
-        null = self.network(x, time, **nothing)
-        return null + scale * (conditional - null)
+        time, total = x.new_full((len(x),), t), torch.zeros_like(x)
+        for branch in branches(self.guidance, given):
+            if weight := branch.at(t):
+                nothing = {name: condition[NULL + name] for name in branch.without}
+                total = total + weight * self.network(x, time, **(given | nothing))
+        return total
 
 
 def pose_kind(teacher: Teacher) -> PoseKind:
@@ -237,30 +229,31 @@ def move(teacher: Teacher, device: torch.device | str) -> None:
         teacher.to(device)
 
 
-def sample_teacher(teacher: Teacher, noise: Tensor, condition: Any, steps: int, solver: Solver = "euler") -> Tensor:
-    """The latent at t = 1 from (B, C, h, w) noise."""
-    begin = first_state(teacher, noise, condition)
-    return solve(lambda x, t: teacher.velocity(x, t, condition), begin, time_grid(steps), solver)[-1]
+def sample_teacher(
+    teacher: Teacher, noise: Tensor, condition: Any, steps: int, solver: Solver = "euler"
+) -> list[Tensor]:
+    """The states at t = 0, 1/steps, …, 1, float32, from (B, C, h, w) noise.
 
-
-def first_state(teacher: Teacher, noise: Tensor, condition: Any) -> Tensor:
-    """Where the teacher's paths start: at the noise, unless it says otherwise."""
+    The reference, which is what ``heun`` asks for, is the teacher's own sampler, if it has one.
+    """
+    own = getattr(teacher, "path", None)
+    if own is not None and solver == "heun":
+        return [state.float() for state in own(noise, condition, time_grid(steps))]
     begin: Tensor = teacher.start(noise, condition) if hasattr(teacher, "start") else noise
-    return begin
+    return solve(lambda x, t: teacher.velocity(x, t, condition).float(), begin, time_grid(steps), solver)
 
 
 # Artifact ------------------------------------------------------------------------------------------------------------
 
 
 def save_teacher(
-    teacher: RPFMTeacher, out: Path, lineage: tuple[Stage, ...], dtype: torch.dtype = torch.float32, **facts: Any
+    teacher: NetworkTeacher, out: Path, lineage: tuple[Stage, ...], dtype: torch.dtype = torch.float32, **facts: Any
 ) -> Artifact:
     """Write the artifact of a teacher; ``facts`` join its config."""
     config = {
-        "network": asdict(teacher.network.config),
-        "autoencoder": autoencoders.describe(teacher.autoencoder),
+        **describe(teacher.network, teacher.autoencoder),
         "size": list(teacher.size),
-        "guidance": asdict(teacher.guidance),
+        "guidance": asdict(teacher.guidance) if isinstance(teacher.guidance, Guidance) else None,
         **facts,
     }
     with artifact.replacing_folder(out, "teacher") as folder:
@@ -273,47 +266,30 @@ def save_teacher(
 def load_teacher(spec: str | Path) -> Teacher:
     """A teacher from an artifact's path, a shipped name (``teacher:xs``) or a factory (``package.module:factory``)."""
     if is_factory(spec):
-        return call_factory(str(spec))
+        return _from_factory(str(spec))
     loaded = artifact.load(shipped.resolve(spec), "teacher")
-    network = create_network(network_config(loaded.config))
+    network, autoencoder = create(loaded.config)
     load_weights(network, loaded.file("network.safetensors"))
-    autoencoder = autoencoders.create(loaded.config["autoencoder"])
     load_weights(autoencoder, loaded.file("autoencoder.safetensors"))
     guidance, size = Guidance(**loaded.config["guidance"]), tuple(loaded.config["size"])
-    teacher = RPFMTeacher(network.requires_grad_(False), autoencoder.requires_grad_(False), guidance, size)
+    teacher = NetworkTeacher(network.requires_grad_(False), autoencoder.requires_grad_(False), guidance, size)
     teacher.digest, teacher.lineage = loaded.digest, loaded.lineage
     return teacher
 
 
-def network_config(config: Any) -> RPFMConfig:
-    """The network's config from a manifest (JSON has lists where we have tuples)."""
-    fields = dict(config["network"])
-    return RPFMConfig(**{**fields, "latent_size": tuple(fields["latent_size"])})
-
-
-def is_factory(spec: str | Path) -> bool:
-    """Whether ``spec`` names a factory rather than a folder or a shipped artifact."""
-    text = str(spec)
-    return text not in shipped.shipped() and re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*", text) is not None
-
-
-def call_factory(spec: str) -> Any:
-    """Import ``package.module`` and call its ``factory()``."""
-    module, name = spec.split(":")
-    try:
-        factory: Callable[[], Any] = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"teacher {spec!r} cannot be imported ({error})",
-            expected=f"a shipped name out of {sorted(shipped.shipped())}, a folder, or package.module:factory",
-            fix="check the spelling and PYTHONPATH",
-        ) from None
-    teacher = factory()
+def _from_factory(spec: str) -> Teacher:
+    """The teacher that a factory returns, or that is made of its parts; its shapes are tried."""
+    made = call_factory(spec)
+    if isinstance(made, Parts):
+        network = ContractNetwork(made, spec).requires_grad_(False)
+        teacher: Any = NetworkTeacher(network, made.codec, made.guidance, made.size, made.path, made.fit)
+    else:
+        teacher = made
     missing = [n for n in ("autoencoder", "latent_shape", "size", "condition", "velocity") if not hasattr(teacher, n)]
     if missing:
         raise ConfigError(
             f"teacher {spec!r} has no {', '.join(missing)}",
-            expected="the velocity contract of distill.teacher.Teacher",
+            expected="distill.contract.Parts, or the velocity contract of distill.teacher.Teacher",
             fix="add what is missing",
         )
     if pose_kind(teacher) not in get_args(PoseKind):

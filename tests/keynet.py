@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.autoencoder import SmallAutoencoder, SmallAutoencoderConfig
-from distill.condition import Source, Tensors, visible
+from distill.condition import Network, Source, Tensors, visible
 from distill.export import Frame, Prepare, example_feeds, signatures, write_graph
 from distill.student import Student
 from rpfm_edge.core import artifact
@@ -23,7 +22,7 @@ from rpfm_edge.core.artifact import Artifact
 SIZE, LATENT, STEPS = (64, 48), (8, 8, 6), 2
 
 
-class KeyNetwork(nn.Module):
+class KeyNetwork(Network):
     """Finds joints where none are given, and scores them by how much there is to be seen; its pose is a map."""
 
     pose_kind = "keypoints"
@@ -32,7 +31,7 @@ class KeyNetwork(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.config = SimpleNamespace(latent_shape=LATENT)
+        self.latent_shape, self.size = LATENT, SIZE
         self.find, self.look, self.mix = nn.Linear(8, 36), nn.Conv2d(8, 8, 1), nn.Conv2d(9, 8, 3, padding=1)
         rows, columns = torch.meshgrid(torch.arange(8) * 8 + 3.5, torch.arange(6) * 8 + 3.5, indexing="ij")
         self.register_buffer("places", torch.stack([columns, rows], dim=-1))
@@ -54,9 +53,6 @@ class KeyNetwork(nn.Module):
     def _map(self, points: Tensor) -> Tensor:
         distances = (self.places[None, None] - points[:, :, None, None]).square().sum(-1)
         return (torch.exp(-distances / 100) * visible(points)[..., None, None]).sum(1, keepdim=True)
-
-    def start(self, noise: Tensor, tensors: Tensors) -> Tensor:
-        return noise
 
     def forward(
         self, x: Tensor, t: Tensor, d: Tensor | None = None, *, appearance: Tensor, motion: Tensor, **others: Tensor

@@ -199,7 +199,7 @@ def teacher(steps: int, subject: Subject) -> Draw:
     def draw(skeleton: np.ndarray) -> np.ndarray:
         pose = to_float(torch.from_numpy(skeleton)[None])
         posed = known | encode_pose(model.network, model.autoencoder, pose, known)  # type: ignore[attr-defined]
-        latent = sample_teacher(model, noise, posed, steps)
+        latent = sample_teacher(model, noise, posed, steps)[-1]
         return from_model(model.autoencoder.decode(latent, posed).numpy())[0]
 
     return draw

@@ -75,8 +75,11 @@ def path(average_velocity: Callable[[Array, float, float], Array], noise: Array,
 def student_steps(config: Mapping[str, Any]) -> tuple[int, ...] | None:
     """The numbers of steps that a student with this config has learnt; None: any.
 
-    An endpoint student is made for one number, a flow map for the powers of two that divide the stored paths.
+    An endpoint student is made for one number, and so is a flow map that knows no step size; others are for the powers
+    of two that divide the stored paths.
     """
+    if config.get("fixed_steps"):
+        return (int(config["steps"]),)
     return {"endpoint": (int(config["steps"]),), "flowmap": MAP_STEPS}.get(config["method"])
 
 

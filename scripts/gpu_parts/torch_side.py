@@ -162,7 +162,7 @@ def teacher_run(teacher: Path, sources: np.ndarray, joints: np.ndarray, noise: t
 
     def run(pose: torch.Tensor) -> torch.Tensor:
         condition = kept | encode_pose(loaded.network, loaded.autoencoder, to_float(pose).to(dtype), kept)
-        latent = sample_teacher(loaded, noise, condition, TEACHER_STEPS, "heun")
+        latent = sample_teacher(loaded, noise, condition, TEACHER_STEPS, "heun")[-1]
         return to_levels(loaded.autoencoder.decode(latent, condition))
 
     return run

@@ -19,7 +19,7 @@ from rpfm_edge.core.artifact import Artifact
 
 def test_operations_of_a_frame_are_those_that_torch_counts(tiny_student: Artifact, tiny_graph: Artifact) -> None:
     student, loaded = load_student(tiny_student.path)
-    noise = np.zeros((1, *student.network.config.latent_shape), np.float32)
+    noise = np.zeros((1, *student.network.latent_shape), np.float32)
     feeds = example_feeds(student, signatures(student, tuple(loaded.config["size"])), noise)["frame"]
     frame = modules(tiny_student.path)["frame"]
     # of the attentions, the counter knows this one alone

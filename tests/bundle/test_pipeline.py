@@ -14,9 +14,10 @@ from onnx import helper, numpy_helper
 from distill.autoencoder import SmallAutoencoder
 from distill.batches import EncodedSplit, encode_split
 from distill.condition import Source, encoded, with_missing
+from distill.guidance import Guidance
 from distill.reference import student_images, teacher_images
 from distill.student import DistillConfig, DistillLoss, Student
-from distill.teacher import FlowMatchingConfig, FlowMatchingLoss, Guidance, RPFMTeacher, draw_example, pose_kind
+from distill.teacher import FlowMatchingConfig, FlowMatchingLoss, NetworkTeacher, draw_example, pose_kind
 from quantize import apply, calibrate
 from rpfm_edge import api
 from rpfm_edge.bundle.pipeline import Pipeline
@@ -227,7 +228,7 @@ def test_a_network_of_keypoints_is_trained(student: Student, data: EncodedSplit)
 
 def test_a_teacher_of_keypoints(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without guidance it is its network, so that its pictures at the same noise are those of such a student."""
-    teacher = RPFMTeacher(student.network, student.autoencoder, Guidance(1.0), SIZE)
+    teacher = NetworkTeacher(student.network, student.autoencoder, Guidance(1.0), SIZE)
     assert pose_kind(teacher) == "keypoints"
     picture, joints, pose = (part[None] for part in pair())
     noise = np.random.default_rng(1).standard_normal((1, *LATENT), dtype=np.float32)
@@ -241,7 +242,7 @@ def test_a_teacher_of_keypoints(student: Student, monkeypatch: pytest.MonkeyPatc
 def test_guidance_takes_tensors_of_no_source(student: Student) -> None:
     picture, joints, pose = (torch.from_numpy(part[None]) for part in pair())
     source = encoded(student.autoencoder, torch.from_numpy(to_model(picture.numpy())), joints)
-    teacher, x = RPFMTeacher(student.network, student.autoencoder, Guidance(3.0), SIZE), torch.zeros(1, *LATENT)
+    teacher, x = NetworkTeacher(student.network, student.autoencoder, Guidance(3.0), SIZE), torch.zeros(1, *LATENT)
     got = teacher.velocity(x, 0.5, teacher.condition(source, with_missing(pose)))
     time, tensors = torch.full((1,), 0.5), student.network.source(source)
     moved = student.network.pose(with_missing(pose), tensors)["motion"]

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from distill.align_data import AlignmentBatch, draw_alignment, draw_nobody
 from distill.align_training import AlignmentTraining, disturbed, finder_losses, map_error, map_losses, train_alignment
-from distill.aligned import AlignedRPFM, create_network, move
+from distill.aligned import AlignedRPFM, move
 from distill.alignment import Aligned, Aligner, Alignment, enlarge, expected_places, fetch, places, to_grid
 from distill.autoencoder import ALIGNED, AlignedAutoencoder, SmallAutoencoder, SmallAutoencoderConfig, create, describe
 from distill.condition import Source
 from distill.decoder_training import texture_loss, with_aligned_decoder
+from distill.networks import create_network
 from distill.resident import Pictures, as_model
 from distill.rpfm import RPFMConfig
 from distill.surface import HIGH, LAYERS, LOW

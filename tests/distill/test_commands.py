@@ -209,7 +209,7 @@ def test_a_teacher_whose_student_cannot_be_saved(splits: tuple[Split, Split], tm
 
 
 def test_a_preset_that_is_not_the_teachers(splits: tuple[Split, Split], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"has architecture .*dim=192.*: expected .*dim=384"):
+    with pytest.raises(ConfigError, match=r"has architecture .*'dim': 192.*: expected .*'dim': 384"):
         distill(replace(QUICK, preset="s"), "teacher:xs", splits[0], tmp_path / "out")
     assert not list(tmp_path.iterdir())
     student = create_student(load_teacher("teacher:xs"), DistillConfig(), rpfm.preset("xs", "keypoints"))

@@ -55,7 +55,7 @@ def student(tiny_student: Artifact) -> Student:
 
 
 def batches(student: Student, people: Split, count: int, targets: int = 1) -> list[Batch]:
-    shape = student.network.config.latent_shape
+    shape = student.network.latent_shape
     return [qad.draw(people, TINY_SIZE, targets, shape, np.random.default_rng([9, k])) for k in range(count)]
 
 

@@ -30,7 +30,7 @@ from distill.student import (
     save_student,
     train_student,
 )
-from distill.teacher import FlowMatchingConfig, RPFMTeacher, load_teacher, sample_teacher, train_teacher
+from distill.teacher import FlowMatchingConfig, NetworkTeacher, load_teacher, sample_teacher, train_teacher
 from distill.train import TrainConfig
 from rpfm_edge.core.errors import ArtifactError, ConfigError, InputError, ParityError
 from rpfm_edge.core.flow import check_steps
@@ -42,29 +42,29 @@ STORE = StoreConfig(trajectories=64, sources_per_shard=2, targets_per_source=4)
 
 
 @pytest.fixture(scope="module")
-def teacher() -> RPFMTeacher:
+def teacher() -> NetworkTeacher:
     return toy_teacher()
 
 
 @pytest.fixture(scope="module")
-def data(teacher: RPFMTeacher, tmp_path_factory: pytest.TempPathFactory) -> EncodedSplit:
+def data(teacher: NetworkTeacher, tmp_path_factory: pytest.TempPathFactory) -> EncodedSplit:
     return toy_data(teacher, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
-def store(teacher: RPFMTeacher, data: EncodedSplit, tmp_path_factory: pytest.TempPathFactory) -> Trajectories:
+def store(teacher: NetworkTeacher, data: EncodedSplit, tmp_path_factory: pytest.TempPathFactory) -> Trajectories:
     folder = tmp_path_factory.mktemp("store")
     build_store(teacher, "toy", data, folder, STORE)
     return load_store(folder)
 
 
-def test_states_are_the_teachers_path(teacher: RPFMTeacher, data: EncodedSplit, store: Trajectories) -> None:
+def test_states_are_the_teachers_path(teacher: NetworkTeacher, data: EncodedSplit, store: Trajectories) -> None:
     assert store.states.shape == (64, 9, 8, 8, 6)
     rows = slice(0, 4)  # one source
     shape = (1, 4)
     batch = data.batch(store.sources[:1], store.targets[rows].reshape(shape), store.flips[:1])
     noise = store.states[rows, 0].float()
-    end = sample_teacher(teacher, noise, teacher.condition(batch.source, batch.pose), 8, "heun")
+    end = sample_teacher(teacher, noise, teacher.condition(batch.source, batch.pose), 8, "heun")[-1]
     torch.testing.assert_close(
         store.states[rows, -1].float(), end, atol=0.05, rtol=0.05
     )  # bf16 where it is fast, fp16 kept
@@ -79,7 +79,7 @@ def test_no_two_paths_share_their_noise(store: Trajectories) -> None:
     assert len({drawn[:, shard].tobytes() for shard in range(STORE.shards)}) == STORE.shards
 
 
-def test_store_resumes_shard_by_shard(teacher: RPFMTeacher, data: EncodedSplit, tmp_path: Path) -> None:
+def test_store_resumes_shard_by_shard(teacher: NetworkTeacher, data: EncodedSplit, tmp_path: Path) -> None:
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     build_store(teacher, "toy", data, whole, STORE)
     for rank in (1, 0):
@@ -92,13 +92,13 @@ def test_store_resumes_shard_by_shard(teacher: RPFMTeacher, data: EncodedSplit, 
     assert torch.equal(load_store(whole).states, load_store(pieces).states)
 
 
-def test_store_of_another_config_is_refused(teacher: RPFMTeacher, data: EncodedSplit, tmp_path: Path) -> None:
+def test_store_of_another_config_is_refused(teacher: NetworkTeacher, data: EncodedSplit, tmp_path: Path) -> None:
     build_store(teacher, "toy", data, tmp_path, STORE, seconds=0.0)
     with pytest.raises(ConfigError, match="another teacher, data set or config"):
         build_store(teacher, "toy", data, tmp_path, StoreConfig(trajectories=64, seed=9))
 
 
-def test_store_of_another_data_set_is_refused(teacher: RPFMTeacher, data: EncodedSplit, tmp_path: Path) -> None:
+def test_store_of_another_data_set_is_refused(teacher: NetworkTeacher, data: EncodedSplit, tmp_path: Path) -> None:
     """Its paths name pictures by number, so they would be of other people."""
     build_store(teacher, "toy", data, tmp_path, STORE, seconds=0.0)
     other = replace(data, split=replace(data.split, pairs=data.split.pairs[:-1]))
@@ -110,7 +110,7 @@ def test_store_of_another_data_set_is_refused(teacher: RPFMTeacher, data: Encode
     build_store(teacher, "toy", copied, tmp_path, STORE, seconds=0.0)
 
 
-def test_damaged_files_are_named(teacher: RPFMTeacher, data: EncodedSplit, tmp_path: Path) -> None:
+def test_damaged_files_are_named(teacher: NetworkTeacher, data: EncodedSplit, tmp_path: Path) -> None:
     """A shard and the description of a store, and the latents, cut short by a copy that did not end."""
     few = replace(STORE, trajectories=STORE.shard_size)
     build_store(teacher, "toy", data, tmp_path / "store", few)
@@ -129,7 +129,7 @@ def test_damaged_files_are_named(teacher: RPFMTeacher, data: EncodedSplit, tmp_p
 
 
 def test_shards_are_the_same_however_many_are_solved_together(
-    teacher: RPFMTeacher, data: EncodedSplit, store: Trajectories, tmp_path: Path
+    teacher: NetworkTeacher, data: EncodedSplit, store: Trajectories, tmp_path: Path
 ) -> None:
     build_store(teacher, "toy", data, tmp_path, replace(STORE, shards_per_solve=3))
     together = load_store(tmp_path, STORE)
@@ -139,7 +139,7 @@ def test_shards_are_the_same_however_many_are_solved_together(
 
 
 def test_of_a_larger_store_only_the_paths_that_were_asked_for(
-    teacher: RPFMTeacher, data: EncodedSplit, store: Trajectories, tmp_path: Path
+    teacher: NetworkTeacher, data: EncodedSplit, store: Trajectories, tmp_path: Path
 ) -> None:
     build_store(teacher, "toy", data, tmp_path, STORE)
     files = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
@@ -151,7 +151,7 @@ def test_of_a_larger_store_only_the_paths_that_were_asked_for(
 
 
 def test_seconds_bound_the_solving_of_all_calls_together(
-    teacher: RPFMTeacher, data: EncodedSplit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    teacher: NetworkTeacher, data: EncodedSplit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each solve takes ten seconds of a clock that we turn: 25 s are three solves, and no more in a second call."""
     ticks = itertools.count(step=10)
@@ -161,7 +161,7 @@ def test_seconds_bound_the_solving_of_all_calls_together(
     assert build_store(teacher, "toy", data, tmp_path, STORE, seconds=35) == 4
 
 
-def test_grid_must_serve_eight_steps(teacher: RPFMTeacher, data: EncodedSplit, tmp_path: Path) -> None:
+def test_grid_must_serve_eight_steps(teacher: NetworkTeacher, data: EncodedSplit, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a grid of 4"):
         build_store(teacher, "toy", data, tmp_path, StoreConfig(trajectories=8, grid=4))
 
@@ -171,12 +171,12 @@ def test_empty_store(tmp_path: Path) -> None:
         load_store(tmp_path)
 
 
-def test_a_flow_map_student_begins_as_its_teacher(teacher: RPFMTeacher, data: EncodedSplit) -> None:
+def test_a_flow_map_student_begins_as_its_teacher(teacher: NetworkTeacher, data: EncodedSplit) -> None:
     student = create_student(toy_teacher(scale=1.0), DistillConfig("flowmap", 4)).eval()
     batch = data.batch(*draw_batch(data.split, 2, 2, np.random.default_rng(0)))
     noise = torch.randn(4, *teacher.latent_shape)
     plain = toy_teacher(scale=1.0)
-    expected = sample_teacher(plain, noise, plain.condition(batch.source, batch.pose), 4, "euler")
+    expected = sample_teacher(plain, noise, plain.condition(batch.source, batch.pose), 4, "euler")[-1]
     with torch.no_grad():
         got = student.sample(noise, student.condition(batch.source, batch.pose), 4)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
@@ -197,7 +197,7 @@ def test_distillation_beats_few_steps_of_the_teacher(
     fresh = create_student(teacher, config, wide_enough)
     student, _ = train_student(fresh, data, load_store(tmp_path / "store"), config, tmp_path / "c")
     noise = torch.randn(8, *teacher.latent_shape, generator=torch.Generator().manual_seed(7))
-    few = sample_teacher(teacher, noise, None, steps, "euler")
+    few = sample_teacher(teacher, noise, None, steps, "euler")[-1]
     batch = data.batch(*draw_batch(data.split, 2, 4, np.random.default_rng(0)))
     with torch.no_grad():
         made = student.sample(noise, student.condition(batch.source, batch.pose), steps)
@@ -206,7 +206,7 @@ def test_distillation_beats_few_steps_of_the_teacher(
 
 
 def test_an_endpoint_is_judged_by_its_edges_too(
-    teacher: RPFMTeacher, data: EncodedSplit, monkeypatch: pytest.MonkeyPatch
+    teacher: NetworkTeacher, data: EncodedSplit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a decoder that leaves latents as they are: L1 of their differences down and across, of the first images."""
     student = create_student(teacher, DistillConfig("endpoint", 1)).eval()
@@ -264,7 +264,9 @@ def test_an_endpoint_polishes_a_flow_map(data: EncodedSplit, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("method", ["flowmap", "endpoint"])
-def test_a_student_begins_as_the_one_it_starts_from(method: Method, teacher: RPFMTeacher, data: EncodedSplit) -> None:
+def test_a_student_begins_as_the_one_it_starts_from(
+    method: Method, teacher: NetworkTeacher, data: EncodedSplit
+) -> None:
     """A flow map has a step embedding that its start lacked, and it is zero; an endpoint adds none."""
     start = create_student(teacher, DistillConfig("reflow", 1))
     randomised(start.network, seed=5)
@@ -281,24 +283,24 @@ def test_a_student_begins_as_the_one_it_starts_from(method: Method, teacher: RPF
     ("changes", "message"),
     [
         ({"latent_size": (8, 8)}, r"has latents \(8, 8, 8\): expected \(8, 8, 6\)"),
-        ({"factor": 4}, "has pixels per latent 4: expected 8"),
-        ({"depth": 3}, r"has architecture .*depth=3.*: expected .*depth=2"),
+        ({"factor": 4}, r"has pictures \(32, 24\): expected \(64, 48\)"),
+        ({"depth": 3}, r"has architecture .*'depth': 3.*: expected .*'depth': 2"),
         ({"step_embedding": True}, "reflow, whose network knows no step size, cannot start"),
     ],
 )
-def test_a_start_that_does_not_fit(changes: dict[str, object], message: str, teacher: RPFMTeacher) -> None:
+def test_a_start_that_does_not_fit(changes: dict[str, object], message: str, teacher: NetworkTeacher) -> None:
     start = RPFM(replace(NETWORK, **changes))
     with pytest.raises(ConfigError, match=message):
         create_student(teacher, DistillConfig("reflow", 1), NETWORK, start)
 
 
 @pytest.mark.parametrize("start", [True, False])
-def test_the_architecture_is_that_of_the_weights(start: bool, teacher: RPFMTeacher) -> None:
+def test_the_architecture_is_that_of_the_weights(start: bool, teacher: NetworkTeacher) -> None:
     """Another one is refused, whether the weights are the teacher's or a student's; their own may be named."""
     given = create_student(teacher, DistillConfig("reflow", 1)).network if start else None
     student = create_student(teacher, DistillConfig("flowmap", 1), NETWORK, given)
     assert student.network.config == replace(NETWORK, step_embedding=True)
-    with pytest.raises(ConfigError, match=r"architecture .*dim=32.*: expected .*dim=64.*; .* leave the preset out"):
+    with pytest.raises(ConfigError, match=r"'dim': 32\}: expected \{'dim': 64\}; .* leave the preset out"):
         create_student(teacher, DistillConfig("flowmap", 1), replace(NETWORK, dim=64), given)
 
 
@@ -306,7 +308,7 @@ def test_the_architecture_is_that_of_the_weights(start: bool, teacher: RPFMTeach
     ("method", "trained", "refused"), [("endpoint", 1, (2, 4)), ("flowmap", 4, (3, 16)), ("reflow", 4, ())]
 )
 def test_steps_that_a_student_has_not_learnt(
-    method: Method, trained: int, refused: tuple[int, ...], teacher: RPFMTeacher, tmp_path: Path
+    method: Method, trained: int, refused: tuple[int, ...], teacher: NetworkTeacher, tmp_path: Path
 ) -> None:
     """An endpoint is trained for one number, a flow map for those that divide the paths, reflow for every time."""
     config = DistillConfig(method, trained)
@@ -347,7 +349,7 @@ def test_a_graph_that_differs_from_torch_is_not_written(error: float, tmp_path: 
 @pytest.mark.parametrize("method", [*METHODS, "teacher"])
 def test_a_killed_run_continues_to_the_same_weights(
     method: str,
-    teacher: RPFMTeacher,
+    teacher: NetworkTeacher,
     data: EncodedSplit,
     store: Trajectories,
     tmp_path: Path,
@@ -383,7 +385,7 @@ def test_a_killed_run_continues_to_the_same_weights(
         assert torch.equal(resumed.state_dict()[name], value), name
 
 
-def test_artifact_round_trip(teacher: RPFMTeacher, data: EncodedSplit, tmp_path: Path) -> None:
+def test_artifact_round_trip(teacher: NetworkTeacher, data: EncodedSplit, tmp_path: Path) -> None:
     config = DistillConfig("flowmap", 2)
     student = create_student(teacher, config).eval()
     saved = save_student(student, tmp_path / "s", config, SIZE, ())
@@ -398,7 +400,7 @@ def test_artifact_round_trip(teacher: RPFMTeacher, data: EncodedSplit, tmp_path:
 
 def test_a_student_of_a_foreign_teacher_needs_an_architecture() -> None:
     foreign = load_teacher("tests.distill.test_teacher:gaussian_teacher")
-    with pytest.raises(ConfigError, match="no RPFM network"):
+    with pytest.raises(ConfigError, match="brings no network"):
         create_student(foreign, DistillConfig())
     student = create_student(
         foreign, DistillConfig(), RPFMConfig(**{f: getattr(NETWORK, f) for f in NETWORK.__slots__})
@@ -414,6 +416,6 @@ def test_a_student_of_a_foreign_teacher_needs_an_architecture() -> None:
         (DistillConfig("endpoint", 5), "5 steps"),
     ],  # type: ignore[arg-type]
 )
-def test_bad_distillation_config(config: DistillConfig, message: str, teacher: RPFMTeacher) -> None:
+def test_bad_distillation_config(config: DistillConfig, message: str, teacher: NetworkTeacher) -> None:
     with pytest.raises(ConfigError, match=message):
         create_student(teacher, config)

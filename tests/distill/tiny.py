@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from distill.aligned import AlignedRPFM, create_network
+from distill.aligned import AlignedRPFM
 from distill.autoencoder import (
     AlignedAutoencoder,
     SmallAutoencoder,
@@ -18,9 +18,11 @@ from distill.autoencoder import (
     set_principal_components,
 )
 from distill.batches import EncodedSplit, encode_split
+from distill.guidance import Guidance
+from distill.networks import create_network
 from distill.rpfm import RPFM, RPFMConfig
 from distill.student import Student
-from distill.teacher import Guidance, RPFMTeacher
+from distill.teacher import NetworkTeacher
 from rpfm_edge.people.data import sample_root
 from rpfm_edge.people.deepfashion import open_split
 from rpfm_edge.people.image import to_model
@@ -41,13 +43,13 @@ def randomised(network: Module, seed: int = 0) -> Module:
     return network
 
 
-def toy_teacher(scale: float = 1.5, schedule: str = "constant") -> RPFMTeacher:
+def toy_teacher(scale: float = 1.5, schedule: str = "constant") -> NetworkTeacher:
     """A random teacher over a principal-component autoencoder."""
     torch.manual_seed(0)
     autoencoder = SmallAutoencoder(SmallAutoencoderConfig(widths=(8, 8, 16)))
     images = open_split(sample_root(), "test").images(range(0, 96, 12), SIZE)
     set_principal_components(autoencoder, torch.from_numpy(to_model(images)))
-    return RPFMTeacher(randomised(RPFM(NETWORK)), autoencoder, Guidance(scale, schedule), SIZE)
+    return NetworkTeacher(randomised(RPFM(NETWORK)), autoencoder, Guidance(scale, schedule), SIZE)
 
 
 def toy_aligned_student() -> Student:
@@ -68,6 +70,6 @@ def toy_aligned_student() -> Student:
     return Student(network, randomised(autoencoder, 1)).eval()
 
 
-def toy_data(teacher: RPFMTeacher, cache: Path) -> EncodedSplit:
+def toy_data(teacher: NetworkTeacher, cache: Path) -> EncodedSplit:
     """The sample, encoded by the teacher's autoencoder."""
     return encode_split(open_split(sample_root(), "test"), teacher.autoencoder, cache, SIZE)

@@ -62,8 +62,8 @@ def student(preset: str, out: Path) -> Path:
         return shipped.resolve(f"student:{preset}")
     import torch
 
-    from distill.aligned import create_network
     from distill.autoencoder import AlignedAutoencoder, SmallAutoencoder, SmallAutoencoderConfig
+    from distill.networks import create_network
     from distill.rpfm import preset as architecture
     from distill.student import DistillConfig, Student, save_student
 

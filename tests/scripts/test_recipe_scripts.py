@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distill.teacher import Guidance, RPFMTeacher, save_teacher
+from distill.guidance import Guidance
+from distill.teacher import NetworkTeacher, save_teacher
 from rpfm_edge.people.splits import open_splits
 from scripts import choose_guidance, judge_precisions
 from tests.distill.tiny import toy_teacher
@@ -21,7 +22,7 @@ def test_scales_are_compared_on_the_teachers_schedule(
     save_teacher(toy_teacher(schedule="interval"), tmp_path / "teacher", ())
     seen: list[Guidance] = []
 
-    def images(teacher: RPFMTeacher, sources: np.ndarray, *rest: Any) -> dict[Any, np.ndarray]:
+    def images(teacher: NetworkTeacher, sources: np.ndarray, *rest: Any) -> dict[Any, np.ndarray]:
         seen.append(teacher.guidance)
         return {rest[-1][0]: sources}
 
