@@ -62,7 +62,7 @@ class AlignedRPFM(RPFM):
     far as a few convolutions see it. So there is less for the flow to do, and less that its noise decides.
     """
 
-    pose_kind = "keypoints"
+    pose_kind, source_keypoints = "keypoints", True
     frame_tensors = ("source_kv", *PHOTO_TENSORS)
     frozen = ("null_source", "alignment")
 

@@ -46,7 +46,8 @@ class Network(nn.Module):
         size: (H, W) of the pictures.
         step: what embeds a step size; None in a network that knows none.
         pose_kind: what ``pose`` gets, "skeleton" (B, 3, H, W) in [-1, 1] or "keypoints" (B, 18, 2) pixels x, y with
-            ``MISSING``, never nan. With "keypoints" its ``prepare`` takes the source's keypoints, too.
+            ``MISSING``, never nan.
+        source_keypoints: whether ``source`` looks at keypoints, so that ``prepare`` takes them.
         encodes_pose: whether the autoencoder encodes the skeletons before ``pose`` gets them.
         frame_tensors: names of those tensors of ``source`` that a frame takes; None for all.
         frozen: its parameters and modules, by name, that no student trains.
@@ -56,6 +57,7 @@ class Network(nn.Module):
     size: tuple[int, int]
     step: nn.Module | None
     pose_kind: PoseKind = "skeleton"
+    source_keypoints: bool = False
     encodes_pose: bool = False
     frame_tensors: tuple[str, ...] | None = None
     frozen: tuple[str, ...] = ()

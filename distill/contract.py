@@ -45,6 +45,7 @@ class Parts:
         size: (H, W) of the pictures that the codec sees.
         source: (S, 3, H, W) in [-1, 1], their latents and (S, 18, 2) keypoints (``MISSING`` where there is none) →
             named tensors with S in front, once per person.
+        source_keypoints: whether ``source`` looks at the keypoints; a bundle asks for them then.
         pose: (B, 18, 2) keypoints, ``MISSING`` where there is none, or (B, 3, H, W) skeletons in [-1, 1], as
             ``pose_kind`` says → named tensors with B in front, for every frame. ``distill.drawing`` has the usual maps.
         guidance: folded into the stored paths, so the student needs none.
@@ -63,6 +64,7 @@ class Parts:
     source: SourceFunction
     pose: PoseFunction
     pose_kind: PoseKind = "keypoints"
+    source_keypoints: bool = False
     guidance: Guidance | tuple[Branch, ...] = NO_GUIDANCE
     null: Callable[[Tensors], Tensors] | None = None
     path: PathFunction | None = None
@@ -131,9 +133,15 @@ class ContractNetwork(Network):
             _as_module(parts.source),
             _as_module(parts.pose),
         )
-        self.pose_kind, self.latent_shape, self.size = parts.pose_kind, parts.latent_shape, parts.size
+        self.pose_kind, self.source_keypoints = parts.pose_kind, parts.source_keypoints
+        self.latent_shape, self.size = parts.latent_shape, parts.size
         self.factory, self._null, self._embedding = factory, parts.null, parts.time_embedding
-        self.step: WithStep | None = None  # a part of the network, once it is there
+        self._step = ""  # the name of what embeds the step size, within the network
+
+    @property
+    def step(self) -> WithStep | None:  # type: ignore[override]
+        """What embeds the step size: a part of the network, once it is there."""
+        return self.network.get_submodule(self._step) if self._step else None
 
     def source(self, source: Source, keep: Tensor | None = None) -> Tensors:
         """The teacher's tensors of S sources; the null's where ``keep`` (S,) is False."""
@@ -170,13 +178,13 @@ class ContractNetwork(Network):
 
     def as_student(self, step: bool) -> ContractNetwork:
         """A copy; with ``step`` one whose time embedding carries a step size, where there is a time embedding."""
-        student = deepcopy(self)
+        student = deepcopy(self).requires_grad_(True)
         for name in self.frozen:
             getattr(student, name).requires_grad_(False)
         embedding = student._time_embedding() if step and student.step is None else None
         if embedding is not None:
-            student.step = WithStep(student.network.get_submodule(embedding))
-            student.network.set_submodule(embedding, student.step)
+            student.network.set_submodule(embedding, WithStep(student.network.get_submodule(embedding)))
+            student._step = embedding
         return student
 
     def describe(self) -> dict[str, Any]:

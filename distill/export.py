@@ -38,7 +38,7 @@ RESERVED = {"source", GIVEN_JOINTS, "pose", "noise", "image"}
 
 
 class Prepare(nn.Module):
-    """(1, H, W, 3) uint8 source, and (1, 18, 2) keypoints for a network of keypoints → the tensors of the network, in
+    """(1, H, W, 3) uint8 source, and (1, 18, 2) keypoints for a network that looks at them → the tensors of the network, in
     its order."""
 
     def __init__(self, student: Student) -> None:
@@ -97,14 +97,13 @@ def signatures(student: Student, size: tuple[int, int]) -> dict[str, Signature]:
     """The boundaries of both graphs."""
     picture, points = ((1, *size, 3), "uint8"), ((1, 18, 2), "float32")
     source, image = TensorSpec("source", *picture), TensorSpec("image", *picture)
-    by_points = student.network.pose_kind == "keypoints"
-    pose = TensorSpec("pose", *(points if by_points else picture))
+    pose = TensorSpec("pose", *(points if student.network.pose_kind == "keypoints" else picture))
     noise = TensorSpec("noise", (1, *student.network.latent_shape), "float32")
 
     def specs(tensors: Tensors) -> tuple[TensorSpec, ...]:
         return tuple(TensorSpec(name, tuple(tensor.shape), "float32") for name, tensor in tensors.items())
 
-    prepared = (source, TensorSpec(GIVEN_JOINTS, *points)) if by_points else (source,)
+    prepared = (source, TensorSpec(GIVEN_JOINTS, *points)) if student.network.source_keypoints else (source,)
     return {
         "prepare": Signature(prepared, specs(source_tensors(student))),
         "frame": Signature((pose, noise, *specs(frame_tensors(student))), (image,)),
@@ -173,11 +172,13 @@ def example_feeds(
     picture = boundary["prepare"].input("source").shape
     source, pose = (rng.integers(0, 256, picture, dtype=np.uint8) for _ in range(2))
     prepare = {"source": source}
+    points = (rng.random((2, 18, 2)) * picture[2:0:-1]).astype(np.float32)
+    points[0, ::2] = np.nan
+    given, posed = (pose_input(one, "keypoints") for one in points)
+    if student.network.source_keypoints:
+        prepare[GIVEN_JOINTS] = given
     if student.network.pose_kind == "keypoints":
-        height, width = picture[1:3]
-        points = (rng.random((2, 18, 2)) * [width, height]).astype(np.float32)
-        points[0, ::2] = np.nan
-        prepare[GIVEN_JOINTS], pose = (pose_input(one, "keypoints") for one in points)
+        pose = posed
     with torch.no_grad():
         made = Prepare(student)(*(torch.from_numpy(array) for array in prepare.values()))
     tensors = {spec.name: value.numpy() for spec, value in zip(boundary["prepare"].outputs, made, strict=True)}

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from distill.weights import readable
+from distill.weights import readable, untied
 from rpfm_edge.core.errors import ConfigError
 from rpfm_edge.core.files import write_bytes
 from rpfm_edge.core.progress import progress
@@ -325,7 +325,7 @@ def _save(
     tensors["losses"] = torch.tensor(history.losses)  # the header, which holds the rest, must stay below 100 MB
     contiguous = {k: v.detach().contiguous() for k, v in tensors.items()}
     rest = json.dumps(asdict(replace(history, losses=[])))
-    write_bytes(path, save(contiguous, {"history": rest, "settings": json.dumps(settings)}))
+    write_bytes(path, save(untied(contiguous), {"history": rest, "settings": json.dumps(settings)}))
 
 
 def _restore(path: Path, module: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> History:

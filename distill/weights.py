@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import nn
+from torch import Tensor, nn
 
 from rpfm_edge.core.errors import ArtifactError
 from rpfm_edge.core.files import write_bytes
@@ -22,7 +22,18 @@ def save_weights(module: nn.Module, path: Path, dtype: torch.dtype = torch.float
         name: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
         for name, value in module.state_dict().items()
     }
-    write_bytes(path, save(tensors))  # save_file would hide a full disk in an error of its own
+    write_bytes(path, save(untied(tensors)))  # save_file would hide a full disk in an error of its own
+
+
+def untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each with memory of its own, which safetensors asks for: tied weights are stored once for each name."""
+    seen: set[int] = set()
+    own = {}
+    for name, tensor in tensors.items():
+        tied = tensor.numel() > 0 and tensor.untyped_storage().data_ptr() in seen
+        own[name] = tensor.clone() if tied else tensor
+        seen.add(tensor.untyped_storage().data_ptr())
+    return own
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

@@ -25,7 +25,7 @@ SIZE, LATENT, STEPS = (64, 48), (8, 8, 6), 2
 class KeyNetwork(Network):
     """Finds joints where none are given, and scores them by how much there is to be seen; its pose is a map."""
 
-    pose_kind = "keypoints"
+    pose_kind, source_keypoints = "keypoints", True
     frame_tensors = ("appearance", "joints")
     step = None
 
