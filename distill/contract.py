@@ -15,12 +15,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from distill.autoencoder import Autoencoder
 from distill.condition import Network, Source, Tensors, with_missing
 from distill.guidance import Branch, Guidance
+from distill.predictions import Adapted
 from distill.rpfm import ScalarEmbedding
 from rpfm_edge.core import shipped
 from rpfm_edge.core.errors import ConfigError
@@ -30,7 +32,8 @@ NO_GUIDANCE = Guidance(1.0)
 Fit = Literal["pad", "squeeze"]
 SourceFunction = Callable[[Tensor, Tensor, Tensor], Tensors]
 PoseFunction = Callable[[Tensor], Tensors]
-PathFunction = Callable[[Tensor, Tensors, Sequence[float]], list[Tensor]]
+Predict = Callable[[Tensor, Tensor], Tensor]
+PathFunction = Callable[[Predict, Tensor, Sequence[float]], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,9 @@ class Parts:
             ``pose_kind`` says → named tensors with B in front, for every frame. ``distill.drawing`` has the usual maps.
         guidance: folded into the stored paths, so the student needs none.
         null: what stands for the tensors of both where a branch of the guidance goes without them; zeros if not given.
-        path: the teacher's own sampler, from noise, tensors and times to the states at these; without it eight steps of
-            Heun's rule.
+        path: the teacher's own sampler: ``path(predict, noise, times)`` → the states at these times, where
+            ``predict(x, τ)`` is what the network itself gives, guidance included (``schedulers.sampler_path`` does it
+            for diffusers' schedulers). Without it eight steps of Heun's rule.
         time_embedding: the module of ``network``, by name, whose (B, D) output may carry a step size as well. Without
             it diffusers' ``TimestepEmbedding`` is looked for, and where there is none the student knows the steps that
             it is made for, and no others.
@@ -168,13 +172,31 @@ class ContractNetwork(Network):
         start = getattr(self.network, "start", None)
         return start(noise) if start else noise
 
+    @property
+    def t_first(self) -> float:
+        """Where the flow begins on the network's own axis: above 0 where its noise never drowns the image wholly."""
+        return float(getattr(self.network, "t_first", 0.0))
+
     def forward(self, x: Tensor, t: Tensor, d: Tensor | None = None, **tensors: Tensor) -> Tensor:
         """The velocity, or the average one over [t, t + d]; our times 0 … 1 are the network's from its first one on."""
         if self.step is not None:
             self.step.d = torch.zeros_like(t) if d is None else d
-        first = float(getattr(self.network, "t_first", 0.0))
-        velocity: Tensor = self.network(x, first + (1 - first) * t, **tensors)
-        return (1 - first) * velocity
+        share = 1 - self.t_first
+        velocity: Tensor = self.network(x, self.t_first + share * t, **tensors)
+        return share * velocity
+
+    @property
+    def own(self) -> nn.Module:
+        """The network itself, which predicts whatever it does at times of its own."""
+        return self.network.network if isinstance(self.network, Adapted) else self.network
+
+    def own_time(self, tau: float) -> float:
+        """Our time, from 0 to 1, of one of its own."""
+        if not isinstance(self.network, Adapted):
+            return tau
+        schedule, first = self.network.schedule, self.t_first
+        order = np.argsort(schedule.times)
+        return (float(np.interp(tau, schedule.times[order], schedule.t[order])) - first) / (1 - first)
 
     def as_student(self, step: bool) -> ContractNetwork:
         """A copy; with ``step`` one whose time embedding carries a step size, where there is a time embedding."""

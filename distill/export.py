@@ -38,7 +38,7 @@ RESERVED = {"source", GIVEN_JOINTS, "pose", "noise", "image"}
 
 
 class Prepare(nn.Module):
-    """(1, H, W, 3) uint8 source, and (1, 18, 2) keypoints for a network that looks at them → the tensors of the network, in
+    """(1, H, W, 3) uint8 source, and (1, 18, 2) keypoints for a network that looks at them → the network's tensors, in
     its order."""
 
     def __init__(self, student: Student) -> None:

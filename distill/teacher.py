@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, get_args
 
@@ -182,7 +183,8 @@ class NetworkTeacher:
     ) -> None:
         self.network, self.autoencoder, self.guidance = network.eval(), autoencoder.eval(), guidance
         self.latent_shape, self.size, self.pose = network.latent_shape, size, network.pose_kind
-        self.path, self.fit = path, fit
+        self.path = None if path is None else partial(self._own_path, path)
+        self.fit = fit
         self.digest = ""
         self.lineage: tuple[Stage, ...] = ()
 
@@ -209,13 +211,29 @@ class NetworkTeacher:
     @torch.no_grad()
     def velocity(self, x: Tensor, t: float, condition: Tensors) -> Tensor:
         """The guided velocity: one network evaluation for each branch that counts at this time."""
+        return self._guided(self.network, x, x.new_full((len(x),), t), t, condition)
+
+    def _guided(self, network: nn.Module, x: Tensor, time: Tensor, t: float, condition: Tensors) -> Tensor:
+        """The branches' weighted sum at t of what ``network(x, time, **tensors)`` gives."""
         given = {name: tensor for name, tensor in condition.items() if not name.startswith(NULL)}
-        time, total = x.new_full((len(x),), t), torch.zeros_like(x)
+        total = torch.zeros((), device=x.device)
         for branch in branches(self.guidance, given):
             if weight := branch.at(t):
                 nothing = {name: condition[NULL + name] for name in branch.without}
-                total = total + weight * self.network(x, time, **(given | nothing))
+                total = total + weight * network(x, time, **(given | nothing))
         return total
+
+    @torch.no_grad()
+    def _own_path(self, path: PathFunction, noise: Tensor, condition: Tensors, times: Sequence[float]) -> list[Tensor]:
+        """Of the sampler that came with the parts, whose network tells the noise, the image or whatever it does."""
+        network = self.network
+        assert isinstance(network, ContractNetwork)
+
+        def predict(x: Tensor, tau: Tensor) -> Tensor:
+            return self._guided(network.own, x, tau, network.own_time(float(tau[0])), condition)
+
+        first = network.t_first
+        return path(predict, noise, [first + (1 - first) * t for t in times])
 
 
 def pose_kind(teacher: Teacher) -> PoseKind:

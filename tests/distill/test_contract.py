@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,7 +87,7 @@ def of_fixed_steps() -> Parts:
 def of_its_own_sampler() -> Parts:
     """A sampler that goes straight to twice the noise: nothing else would."""
 
-    def straight(noise: Tensor, tensors: dict[str, Tensor], times: Sequence[float]) -> list[Tensor]:
+    def straight(predict: Callable[..., Tensor], noise: Tensor, times: Sequence[float]) -> list[Tensor]:
         return [noise * (1 + t) for t in times]
 
     return factory(path=straight)
