@@ -25,7 +25,7 @@ from distill.condition import Source, Tensors, encode_pose, encoded
 from distill.student import Student, load_student
 from rpfm_edge.core import artifact
 from rpfm_edge.core.artifact import Artifact, Stage, tool_versions
-from rpfm_edge.core.errors import ParityError
+from rpfm_edge.core.errors import ConfigError, ParityError
 from rpfm_edge.core.flow import check_steps
 from rpfm_edge.core.signature import GIVEN_JOINTS, Signature, TensorSpec
 from rpfm_edge.people.pose import MISSING, pose_input
@@ -214,7 +214,7 @@ def simplified(module: nn.Module, signature: Signature) -> Any:
 
     example = tuple(torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in signature.inputs)
     stream = io.BytesIO()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), traceable(type(module).__name__.lower()):
         warnings.simplefilter("ignore")  # tracing is deprecated, but eight times as fast for the same graph
         torch.onnx.export(
             module.eval(),
@@ -232,6 +232,23 @@ def simplified(module: nn.Module, signature: Signature) -> Any:
             "onnxsim changed what the graph computes", expected="the same results", fix="use the pinned onnxsim version"
         )
     return model
+
+
+@contextmanager
+def traceable(graph: str) -> Iterator[None]:
+    """Say in one sentence what of a network cannot be traced; torch's fused transformer layers never can."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    except (torch.onnx.errors.OnnxExporterError, torch.jit.TracingCheckError, RuntimeError) as error:
+        raise ConfigError(
+            f"{graph} cannot be traced to ONNX ({str(error).strip().splitlines()[0][:200]})",
+            expected="operations that torch.onnx.export knows, and no decisions by a tensor's values",
+            fix="replace the operation in the network, source or pose that it is in",
+        ) from None
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 @contextmanager
