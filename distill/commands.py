@@ -142,7 +142,16 @@ def _distill_config(recipe: DistillRecipe) -> DistillConfig:
     train = TrainConfig(
         seconds=recipe.seconds, lr=recipe.lr, ema=recipe.ema, warmup_steps=20, seed=recipe.seed, compile=recipe.compile
     )
-    config = DistillConfig(method=recipe.method, steps=recipe.steps, batch=recipe.batch, train=train)
+    if recipe.lora < 0:
+        raise ConfigError(f"lora {recipe.lora}", expected="a rank such as 16, or 0 for none", fix="correct it")
+    config = DistillConfig(
+        method=recipe.method,
+        steps=recipe.steps,
+        batch=recipe.batch,
+        lora=recipe.lora,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        train=train,
+    )
     return config if weight is None else replace(config, perceptual_weight=weight)
 
 

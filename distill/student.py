@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill import targets
+from distill import lora, targets
 from distill.autoencoder import edges
 from distill.batches import EncodedSplit
 from distill.condition import Network, Source, Tensors, encode_pose, per_target
@@ -38,6 +38,8 @@ class DistillConfig:
     steps: int = 4
     train: TrainConfig = field(default_factory=lambda: TrainConfig(lr=3e-4, warmup_steps=50))
     batch: int = 64
+    lora: int = 0  # rank of the adapters that are trained in place of all weights; 0 for none
+    gradient_checkpointing: bool = False
     perceptual_weight: float = 0.5  # endpoint: decoded edges, on ``perceptual_images`` of each batch
     perceptual_images: int = 4
 
@@ -145,7 +147,12 @@ def create_student(
     else:
         start = create_network(network)
     assert isinstance(teacher.autoencoder, nn.Module)
-    return Student(start.as_student(step=config.method == "flowmap"), teacher.autoencoder)
+    copy = start.as_student(step=config.method == "flowmap")
+    if config.lora:
+        lora.add(copy, config.lora)
+    if config.gradient_checkpointing:
+        lora.checkpoint_gradients(copy)
+    return Student(copy, teacher.autoencoder)
 
 
 def _check_start(teacher: Teacher, config: DistillConfig, network: RPFMConfig | None, start: Network) -> None:
@@ -189,6 +196,8 @@ def train_student(
         return model(batch.source, batch.pose, *examples(paths, config, rng, fixed))
 
     ema, history = fit(loss, step_loss, config.train, checkpoint, config.method)
+    if config.lora:
+        lora.merge(ema.network)
     return Student(ema.network, student.autoencoder), history
 
 

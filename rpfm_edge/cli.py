@@ -98,13 +98,17 @@ def distill(
     seconds: Annotated[float | None, typer.Option(help=f"Training time; default: {STUDENT.seconds:g}.")] = None,
     trajectories: Annotated[int | None, typer.Option(help=f"Paths of the teacher; default: {PATHS}.")] = None,
     store_seconds: Annotated[float | None, typer.Option(help="Stop solving paths after this time.")] = None,
-    preset: Annotated[str | None, typer.Option(help="Architecture, where the teacher is no RPFM.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Architecture, where the teacher brings no network.")] = None,
+    batch: Annotated[int | None, typer.Option(help=f"Paths in a batch; default: {STUDENT.batch}.")] = None,
+    lora: Annotated[int | None, typer.Option(help="Train adapters of this rank in place of all weights.")] = None,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
     """Distill a teacher to few steps, guidance folded in."""
     store = {"trajectories": trajectories, "store_seconds": store_seconds}
-    changes = {"method": method, "steps": steps, "seconds": seconds, "preset": preset, "seed": seed, **store}
+    memory = {"batch": batch, "lora": lora, "gradient_checkpointing": gradient_checkpointing or None}
+    changes = {"method": method, "steps": steps, "seconds": seconds, "preset": preset, "seed": seed, **store, **memory}
     _made(api.distill(teacher, data, out, **changes), json)
 
 

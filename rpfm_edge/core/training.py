@@ -44,7 +44,9 @@ class Distillation:
     lr: Annotated[float, "learning rate"] = 5e-4
     batch: Annotated[int, "paths in a batch"] = 64
     init: Annotated[str | None, "student to start from: a path or a name; default: the teacher"] = None
-    preset: Annotated[str | None, "architecture, where the teacher is no RPFM; default: the teacher's"] = None
+    preset: Annotated[str | None, "architecture, where the teacher brings no network; default: the teacher's"] = None
+    lora: Annotated[int, "rank of the adapters that are trained in place of all weights; 0: none"] = 0
+    gradient_checkpointing: Annotated[bool, "less memory, more time"] = False
     perceptual_weight: Annotated[float | None, "of the decoded edges, endpoint only; default: 0.5"] = None
     compile: Annotated[bool, "by torch.compile"] = False
 

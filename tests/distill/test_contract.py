@@ -237,3 +237,28 @@ def test_pictures_are_their_own_latents() -> None:
     assert parts.latent_shape == (3, *SIZE)
     image = torch.rand(1, 3, *SIZE)
     assert torch.equal(parts.codec.decode(parts.codec.encode(image)), image)
+
+
+def test_adapters_are_merged_into_the_copy(data: EncodedSplit, tmp_path: Path) -> None:
+    """They begin as nothing; trained, they move linear layers and nothing else, and leave no trace of themselves."""
+    teacher = load_teacher(f"{HERE}:factory")
+    store = tmp_path / "store"
+    build_store(teacher, "lora", data, store, StoreConfig(8, sources_per_shard=2, targets_per_source=4))
+    config = DistillConfig("flowmap", 1, TrainConfig(steps=3, lr=1e-2, ema=0.0), batch=8, lora=2)
+    student = create_student(teacher, config)
+    source, pose = some_of(data)
+    noise = torch.randn(4, *teacher.latent_shape)
+    plain = create_student(teacher, replace(config, lora=0))
+    a, b = (one.sample(noise, one.condition(source, pose), 1) for one in (plain, student))
+    torch.testing.assert_close(a, b)
+    trained, _ = train_student(student, data, load_store(store), config, tmp_path / "c.safetensors")
+    before, after = plain.network.state_dict(), trained.network.state_dict()
+    assert before.keys() == after.keys()
+    moved = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+    assert moved & {"network.look.weight"}
+    assert all("time" in name or name == "network.look.weight" for name in moved)
+
+
+def test_gradient_checkpointing_needs_modules_that_can(teacher: NetworkTeacher) -> None:
+    with pytest.raises(ConfigError, match="compute its activations again"):
+        create_student(teacher, DistillConfig("reflow", 1, gradient_checkpointing=True))
