@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from distill.batches import EncodedSplit
+from distill.predictions import check_ends
 from distill.resident import settle
 from distill.teacher import Teacher, pose_kind, sample_teacher
 from distill.weights import readable
@@ -90,6 +91,8 @@ def build_store(
     _check_meta(out, config, identity, data.split)
     mine = range(processes.process_index, config.shards, processes.num_processes)
     missing = [shard for shard in mine if not _shard(out, shard).exists()]
+    if missing and getattr(teacher, "path", None) is None:
+        _check_ends(teacher, data, config, processes.device)
     spent_s = _solved_s(_shards(out)) / processes.num_processes
     together = config.shards_per_solve or (8 if processes.device.type == "cuda" else 1)
     with progress("trajectories", total=len(mine)) as advance:
@@ -101,6 +104,14 @@ def build_store(
             done = len(mine) - len(missing) + start + len(chosen)
             advance(done, f"{config.shard_size * done} paths")
     return len(_shards(out, config))
+
+
+def _check_ends(teacher: Teacher, data: EncodedSplit, config: StoreConfig, device: torch.device | str) -> None:
+    """Of one pair: a velocity that is no number at noise, or leaps there, would spoil all paths."""
+    batch = data.batch(*draw_batch(data.split, 1, 1, np.random.default_rng(config.seed)), device)
+    condition = teacher.condition(batch.source, batch.pose)
+    noise = torch.randn(1, *teacher.latent_shape, generator=torch.Generator().manual_seed(config.seed)).to(device)
+    check_ends(lambda x, t: teacher.velocity(x, t, condition), noise)
 
 
 def _make_shards(

@@ -262,3 +262,20 @@ def test_adapters_are_merged_into_the_copy(data: EncodedSplit, tmp_path: Path) -
 def test_gradient_checkpointing_needs_modules_that_can(teacher: NetworkTeacher) -> None:
     with pytest.raises(ConfigError, match="compute its activations again"):
         create_student(teacher, DistillConfig("reflow", 1, gradient_checkpointing=True))
+
+
+def of_nothing_at_noise() -> Parts:
+    """A velocity that is 0 / 0 where there is nothing but noise."""
+
+    class Divided(Convolutions):
+        def forward(self, x: Tensor, t: Tensor, *, tokens: Tensor, heat: Tensor) -> Tensor:
+            return super().forward(x, t, tokens=tokens, heat=heat) * (t / t)[:, None, None, None]
+
+    return factory(network=Divided(), guidance=Guidance(1.0))
+
+
+def test_a_velocity_that_is_no_number_at_noise_is_found_before_the_paths(data: EncodedSplit, tmp_path: Path) -> None:
+    broken = load_teacher(f"{HERE}:of_nothing_at_noise")
+    with pytest.raises(ConfigError, match="velocity at t = 0 is not finite"):
+        build_store(broken, "broken", data, tmp_path / "store", StoreConfig(8))
+    assert not list((tmp_path / "store").glob("shard-*"))
