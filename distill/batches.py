@@ -105,6 +105,7 @@ def encode_split(
             "root": str(split.root.resolve()),
             "names": split.names,
             "size": size,
+            **({} if split.fit == "squeeze" else {"fit": split.fit}),
             "autoencoder": fingerprint(autoencoder),
         }
     )

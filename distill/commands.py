@@ -28,7 +28,7 @@ from rpfm_edge.core.flow import check_steps
 from rpfm_edge.core.signature import PoseKind
 from rpfm_edge.core.stages import identity
 from rpfm_edge.core.training import Distillation, QadTable
-from rpfm_edge.people.data import Split
+from rpfm_edge.people.data import Split, as_seen
 
 LEARNING_RATES = {"int8": 1e-5, "int4-weights": 2e-5}
 
@@ -67,6 +67,7 @@ def distill(recipe: DistillRecipe, teacher_spec: str, split: Split, out: Path) -
     torch.manual_seed(recipe.seed)
     work, processes = work_folder(out), join_processes()
     teacher = load_teacher(teacher_spec)
+    split = as_seen(split, getattr(getattr(teacher, "network", None), "fit", None))
     start, origin = load_student(recipe.init) if recipe.init else (None, None)
     student = create_student(teacher, config, _architecture(recipe, teacher), start.network if start else None)
     known_as = getattr(teacher, "digest", "") or identity(teacher_spec)
@@ -119,6 +120,7 @@ def fine_tune(recipe: QadRecipe, student_spec: str, split: Split, out: Path) -> 
     )
     config = QadConfig(steps, recipe.precision, limits, targets=recipe.batch)
     checkpoint = work_folder(out) / f"qad-{recipe.precision}-{steps}-{origin.digest[:8]}.safetensors"
+    split = as_seen(split, origin.config.get("fit"))
     made, history = train_rounded(student.to(processes.device), split, size, config, checkpoint)
     if processes.is_main_process:
         stage = stage_of("qad", config, history, split, {"student": origin.digest})

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rpfm_edge.core.signature import PoseKind
+from rpfm_edge.people.image import Fit
 from rpfm_edge.people.pose import MISSING
 
 Tensors = dict[str, Tensor]
@@ -50,6 +51,8 @@ class Network(nn.Module):
         source_keypoints: whether ``source`` looks at keypoints, so that ``prepare`` takes them.
         encodes_pose: whether the autoencoder encodes the skeletons before ``pose`` gets them.
         frame_tensors: names of those tensors of ``source`` that a frame takes; None for all.
+        fit: how pictures meet ``size``, a data set's and a user's: with margins, or stretched. None, where they have
+            its aspect anyway: data is stretched, photos get margins.
         frozen: its parameters and modules, by name, that no student trains.
     """
 
@@ -60,6 +63,7 @@ class Network(nn.Module):
     source_keypoints: bool = False
     encodes_pose: bool = False
     frame_tensors: tuple[str, ...] | None = None
+    fit: Fit | None = None
     frozen: tuple[str, ...] = ()
 
     def source(self, source: Source, keep: Tensor | None = None) -> Tensors:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -27,9 +27,9 @@ from distill.rpfm import ScalarEmbedding
 from rpfm_edge.core import shipped
 from rpfm_edge.core.errors import ConfigError
 from rpfm_edge.core.signature import PoseKind
+from rpfm_edge.people.image import Fit
 
 NO_GUIDANCE = Guidance(1.0)
-Fit = Literal["pad", "squeeze"]
 SourceFunction = Callable[[Tensor, Tensor, Tensor], Tensors]
 PoseFunction = Callable[[Tensor], Tensors]
 Predict = Callable[[Tensor, Tensor], Tensor]
@@ -59,7 +59,7 @@ class Parts:
         time_embedding: the module of ``network``, by name, whose (B, D) output may carry a step size as well. Without
             it diffusers' ``TimestepEmbedding`` is looked for, and where there is none the student knows the steps that
             it is made for, and no others.
-        fit: how a photo meets ``size``: with margins, or stretched.
+        fit: how pictures meet ``size``, those of the data and a user's: with margins, or stretched.
     """
 
     network: nn.Module
@@ -138,7 +138,7 @@ class ContractNetwork(Network):
             _as_module(parts.pose),
         )
         self.pose_kind, self.source_keypoints = parts.pose_kind, parts.source_keypoints
-        self.latent_shape, self.size = parts.latent_shape, parts.size
+        self.latent_shape, self.size, self.fit = parts.latent_shape, parts.size, parts.fit
         self.factory, self._null, self._embedding = factory, parts.null, parts.time_embedding
         self._step = ""  # the name of what embeds the step size, within the network
 

@@ -139,6 +139,7 @@ def export(path: str | Path, out: Path, steps: int | None = None, noise_seed: in
         "size": list(size),
         "latent_shape": list(student.network.latent_shape),
         "pose": student.network.pose_kind,
+        "fit": student.network.fit,
         "factory": FACTORY,
         "student": loaded.digest,
     }

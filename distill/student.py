@@ -219,6 +219,8 @@ def save_student(
         "size": list(size),
         "method": config.method,
         "steps": config.steps,
+        "fit": student.network.fit,
+        "latent_shape": list(student.network.latent_shape),
         "fixed_steps": config.method == "flowmap" and student.network.step is None,
         **facts,
     }

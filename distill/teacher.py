@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from distill.autoencoder import Autoencoder
 from distill.batches import EncodedSplit
 from distill.condition import Network, Source, Tensors, encode_pose, per_target
-from distill.contract import ContractNetwork, Fit, Parts, PathFunction, call_factory, is_factory
+from distill.contract import ContractNetwork, Parts, PathFunction, call_factory, is_factory
 from distill.guidance import Branch, Guidance, branches
 from distill.networks import create, describe
 from distill.train import History, TrainConfig, fit
@@ -179,12 +179,10 @@ class NetworkTeacher:
         guidance: Guidance | tuple[Branch, ...],
         size: tuple[int, int],
         path: PathFunction | None = None,
-        fit: Fit = "pad",
     ) -> None:
         self.network, self.autoencoder, self.guidance = network.eval(), autoencoder.eval(), guidance
         self.latent_shape, self.size, self.pose = network.latent_shape, size, network.pose_kind
         self.path = None if path is None else partial(self._own_path, path)
-        self.fit = fit
         self.digest = ""
         self.lineage: tuple[Stage, ...] = ()
 
@@ -300,7 +298,7 @@ def _from_factory(spec: str) -> Teacher:
     made = call_factory(spec)
     if isinstance(made, Parts):
         network = ContractNetwork(made, spec).requires_grad_(False)
-        teacher: Any = NetworkTeacher(network, made.codec, made.guidance, made.size, made.path, made.fit)
+        teacher: Any = NetworkTeacher(network, made.codec, made.guidance, made.size, made.path)
     else:
         teacher = made
     missing = [n for n in ("autoencoder", "latent_shape", "size", "condition", "velocity") if not hasattr(teacher, n)]

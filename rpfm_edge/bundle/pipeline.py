@@ -21,7 +21,7 @@ from rpfm_edge.core.errors import InputError
 from rpfm_edge.core.runtime import Session
 from rpfm_edge.core.signature import GIVEN_JOINTS, JOINTS, SCORES, PoseKind
 from rpfm_edge.people.formats import NobodyError, read_pose
-from rpfm_edge.people.image import Image, load_image, save_png
+from rpfm_edge.people.image import Fit, Image, fitted, load_image, save_png
 from rpfm_edge.people.pose import check_pose, from_graph, pose_input, pose_kind, prepare_feeds
 
 FOUND_SCORE, LEAST_JOINTS = 0.3, 4  # a joint with such a score is found; a person has so many of them
@@ -59,6 +59,7 @@ class Pipeline:
         self.pose_kind: PoseKind = pose_kind(bundle.signatures["frame"].input("pose"))
         self._taken = tuple(spec.name for spec in taken if spec.name not in ("pose", "noise"))
         self._digest = bundle.digest
+        self._fit: Fit = bundle.config.get("fit") or "pad"
         self._prepare, self._frame, self._resources = prepare, frame, resources
 
     @classmethod
@@ -87,7 +88,8 @@ class Pipeline:
         """Encode a person, once per identity.
 
         Args:
-            source: a file, or (H, W, 3) uint8 RGB; padded to the bundle's aspect.
+            source: a file, or (H, W, 3) uint8 RGB; padded to the bundle's aspect, or
+                stretched, as the teacher's photos were.
             keypoints: (18, 2) of the source, pixels x, y of ``size``, nan where missing, for a bundle that looks at
                 them. It finds those itself that are missing or not given.
 
@@ -95,7 +97,7 @@ class Pipeline:
             NobodyError: no keypoints are given, and the bundle finds nobody.
             InputError: a picture that cannot be read, keypoints that are none, or for a bundle that takes none.
         """
-        image, points = load_image(source, self.size), None
+        image, points = fitted(load_image(source), self.size, self._fit), None
         if keypoints is not None:
             self._require_keypoints()
             points = check_pose(keypoints, self.size, "keypoints")

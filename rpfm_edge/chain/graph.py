@@ -12,6 +12,7 @@ from rpfm_edge.core.errors import ConfigError
 from rpfm_edge.core.extras import require_module
 from rpfm_edge.core.files import scratch_folder
 from rpfm_edge.core.precisions import CALIBRATED, PRECISIONS, Precision, check_method
+from rpfm_edge.people.data import as_seen
 from rpfm_edge.people.splits import open_splits
 
 
@@ -90,6 +91,7 @@ def _quantize_graph(
     loaded, recorded, chosen = artifact.load(graph, "graph"), None, None
     if precision in CALIBRATED:
         recorded = scratch / "calibration.safetensors"
-        calibrate.record(loaded, open_splits(require_data(data, precision)).training, recorded, **draw)
+        people = as_seen(open_splits(require_data(data, precision)).training, loaded.config.get("fit"))
+        calibrate.record(loaded, people, recorded, **draw)
         chosen = methods.choose(*way, loaded, recorded, out.with_name(out.name + ".work"))
     return apply.quantize(loaded, cast(Precision, precision), out, recorded, *(chosen or ()))

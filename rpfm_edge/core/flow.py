@@ -72,6 +72,12 @@ def path(average_velocity: Callable[[Array, float, float], Array], noise: Array,
     return states
 
 
+def latent_shape(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """(C, h, w) of what a student with this config moves."""
+    network = config["network"]  # which alone tells it in older ones
+    return tuple(config.get("latent_shape") or (network["latent_channels"], *network["latent_size"]))
+
+
 def student_steps(config: Mapping[str, Any]) -> tuple[int, ...] | None:
     """The numbers of steps that a student with this config has learnt; None: any.
 

@@ -21,7 +21,7 @@ from rpfm_edge.core import artifact, shipped
 from rpfm_edge.core.artifact import Artifact
 from rpfm_edge.core.errors import ConfigError
 from rpfm_edge.core.files import json_digest, write_text
-from rpfm_edge.core.flow import student_steps
+from rpfm_edge.core.flow import latent_shape, student_steps
 from rpfm_edge.core.progress import progress
 from rpfm_edge.core.stages import identity
 from rpfm_edge.judge.quality import bundle_videos, images_of, teacher_videos
@@ -135,13 +135,12 @@ def _common_shape(
     shapes = {name: (tuple(b.config["size"]), tuple(b.config["latent_shape"])) for name, (b, _) in engines.items()}
     for name, path in students.items():
         config = artifact.load(shipped.resolve(path), "student", verify=False).config
-        network, size = config["network"], config["size"]
-        shapes[name] = (tuple(size), (network["latent_channels"], *network["latent_size"]))
+        shapes[name] = (tuple(config["size"]), latent_shape(config))
     if not students or len(set(shapes.values())) != 1:
         words = ", ".join(f"{name} of {shape[0]}" for name, shape in shapes.items()) if students else "no students"
         raise ConfigError(words, expected="students of one size", fix="judge those of one teacher together")
-    size, latent_shape = next(iter(shapes.values()))
-    return (int(size[0]), int(size[1])), latent_shape
+    size, shape = next(iter(shapes.values()))
+    return (int(size[0]), int(size[1])), shape
 
 
 def draw_chunks(split: Split, latent_shape: Sequence[int], config: GainConfig) -> Iterator[tuple[Indices, np.ndarray]]:

@@ -28,7 +28,7 @@ from rpfm_edge.measure.flicker import steadiness
 from rpfm_edge.measure.joints import finder_accuracy, missing_pose, pose_accuracy, scored
 from rpfm_edge.measure.machine import where
 from rpfm_edge.measure.metrics import Summary
-from rpfm_edge.people.data import Split
+from rpfm_edge.people.data import Split, as_seen
 from rpfm_edge.people.held_out import CLIPS, Clip, ClipConfig, Pairs, draw_pairs, missing_clips, open_clips
 from rpfm_edge.people.pose import pose_input
 from rpfm_edge.people.splits import open_splits
@@ -213,7 +213,8 @@ def validate(
     loaded = artifact.load(shipped.resolve(bundle), "bundle")
     backends = checked_backends(loaded, backend)
     limits = Budget.load(Path(budget)) if budget else Budget()
-    evidence = judge_bundle(loaded, against, open_splits(data).test, backends, pairs, limits, seed)
+    people = as_seen(open_splits(data).test, loaded.config.get("fit"))
+    evidence = judge_bundle(loaded, against, people, backends, pairs, limits, seed)
     if backend is None:
         add_evidence(loaded, "drift", evidence)
     return evidence

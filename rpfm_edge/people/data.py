@@ -25,8 +25,8 @@ import numpy as np
 from rpfm_edge.core.errors import ConfigError, InputError
 from rpfm_edge.core.files import json_digest
 from rpfm_edge.core.progress import progress
-from rpfm_edge.people.image import decode_image, resize
-from rpfm_edge.people.pose import FRAME, scale_pose
+from rpfm_edge.people.image import Fit, decode_image, fitted
+from rpfm_edge.people.pose import FRAME, fit_pose, scale_pose
 
 _GARMENT = re.compile(r"id_?(\d{8})/?(\d{2})?")  # and its colour, in DeepFashion's names, nested or flattened
 NAMING = "names whose start, up to the first _, is the person's (or DeepFashion's names)"
@@ -42,6 +42,7 @@ class Split:
         pairs: (P, 2) int64, indices of source and target.
         identities: (N,) int64, the same number for pictures of the same person (DeepFashion: the same garment id).
         read: the encoded bytes of a picture by name.
+        fit: how pictures and poses meet a size: stretched, as DeepFashion's protocol has it, or with margins.
     """
 
     root: Path
@@ -50,18 +51,25 @@ class Split:
     pairs: np.ndarray
     identities: np.ndarray
     read: Callable[[str], bytes] = field(repr=False)
+    fit: Fit = "squeeze"
 
     def image(self, index: int, size: tuple[int, int] = FRAME) -> np.ndarray:
-        """Picture ``index`` as (H, W, 3) uint8 RGB, resized directly to ``size`` as DeepFashion's protocol does.
+        """Picture ``index`` as (H, W, 3) uint8 RGB at ``size``.
 
         Raises ``InputError``, naming the picture, if it is missing or unreadable.
         """
-        name = self.names[index]
-        return resize(decode_image(self.read(name), f"image {name} of {self.root}"), size)
+        return fitted(self._decoded(index), size, self.fit)
 
     def pose(self, index: int, size: tuple[int, int] = FRAME) -> np.ndarray:
         """(18, 2) float32: the keypoints of picture ``index`` in pixels x, y of ``size``."""
-        return scale_pose(self.keypoints[index], FRAME, size)
+        if self.fit == "squeeze":
+            return scale_pose(self.keypoints[index], FRAME, size)
+        height, width = self._decoded(index).shape[:2]
+        return fit_pose(scale_pose(self.keypoints[index], FRAME, (height, width)), (height, width), size)
+
+    def _decoded(self, index: int) -> np.ndarray:
+        name = self.names[index]
+        return decode_image(self.read(name), f"image {name} of {self.root}")
 
     def images(self, indices: Iterable[int] | None = None, size: tuple[int, int] = FRAME) -> np.ndarray:
         """Pictures (all of them by default) as (n, H, W, 3) uint8 RGB."""
@@ -88,6 +96,11 @@ class Split:
         ordered = self.pairs[np.argsort(self.pairs[:, 0], kind="stable")]
         sources, starts = np.unique(ordered[:, 0], return_index=True)
         return dict(zip(sources.tolist(), np.split(ordered[:, 1], starts[1:]), strict=False))
+
+
+def as_seen(split: Split, fit: Fit | None) -> Split:
+    """The split with its pictures as a student saw them, whose manifest says how they met the size, if it matters."""
+    return replace(split, fit=fit) if fit else split
 
 
 def sample_root() -> Path:

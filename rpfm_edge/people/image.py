@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -15,6 +15,9 @@ from rpfm_edge.core.files import write_bytes
 MAX_PIXELS = 50_000_000
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 … SOF15, without DHT, JPG and DAC
+
+
+Fit = Literal["pad", "squeeze"]  # how a picture meets a size: with margins, or stretched
 
 
 class Box(NamedTuple):
@@ -110,6 +113,11 @@ def fit_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     fitted[:] = np.median(border, axis=0).round()
     fitted[box.top : box.top + box.height, box.left : box.left + box.width] = resize(image, (box.height, box.width))
     return fitted
+
+
+def fitted(image: np.ndarray, size: tuple[int, int], fit: Fit) -> np.ndarray:
+    """(H, W, 3) uint8 at ``size`` (height, width): with margins, or stretched."""
+    return fit_image(image, size) if fit == "pad" else resize(image, size)
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

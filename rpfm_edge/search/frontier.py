@@ -28,6 +28,7 @@ from rpfm_edge.core.config import without_none
 from rpfm_edge.core.errors import BackendError, ConfigError
 from rpfm_edge.core.extras import require_module
 from rpfm_edge.core.files import write_bytes, write_text
+from rpfm_edge.core.flow import latent_shape
 from rpfm_edge.core.precisions import CALIBRATED, PRECISIONS, require_backends, require_samples
 from rpfm_edge.core.stages import Stages, console
 from rpfm_edge.judge.quality import circumstances, drift, images_of
@@ -35,7 +36,7 @@ from rpfm_edge.measure import clock
 from rpfm_edge.measure.clock import Call, Latency, steady
 from rpfm_edge.measure.machine import where
 from rpfm_edge.measure.metrics import missing_metrics
-from rpfm_edge.people.data import Split
+from rpfm_edge.people.data import Split, as_seen
 from rpfm_edge.people.held_out import Pairs, draw_pairs
 from rpfm_edge.people.splits import open_splits
 from rpfm_edge.report import plots
@@ -116,8 +117,8 @@ def measure_frontier(
     clock.check_seconds(seconds)
     require_samples(f"{samples} calibration samples", samples, precisions)
     config = artifact.load(shipped.resolve(student), "student").config
-    size, network, test = tuple(config["size"]), config["network"], open_splits(data).test
-    drawn = draw_pairs(test, pairs, size, (network["latent_channels"], *network["latent_size"]), seed)
+    test = as_seen(open_splits(data).test, config.get("fit"))
+    drawn = draw_pairs(test, pairs, tuple(config["size"]), latent_shape(config), seed)
     stages = Stages(Path(out) / "work")
     work = _Work(shipped.resolve(student), str(teacher), str(data), samples, seed, drawn, stages, options or {})
 

@@ -35,6 +35,7 @@ from rpfm_edge.core.stages import Stages, console
 from rpfm_edge.measure.budget import Budget, require_distances
 from rpfm_edge.measure.clock import Latency
 from rpfm_edge.measure.machine import where
+from rpfm_edge.people.data import as_seen
 from rpfm_edge.people.held_out import draw_pairs
 from rpfm_edge.people.splits import open_splits
 from rpfm_edge.report.plan import psnr_db
@@ -77,7 +78,7 @@ def plan_precision(graph: Artifact, data: str | Path, out: Path, config: PlanCon
     allowed(load(graph.file("frame.onnx")), narrowed)  # a wrong pattern is said now
     stages, splits = Stages(work_folder(out)), open_splits(data)
     size, shape = tuple(graph.config["size"]), graph.config["latent_shape"]
-    pairs = draw_pairs(splits.validation, config.pairs, size, shape, config.seed)
+    pairs = draw_pairs(as_seen(splits.validation, graph.config.get("fit")), config.pairs, size, shape, config.seed)
     candidates = Candidates(graph, pairs, config, stages)
     candidates.exact()  # first of all: it shows soon whether the target works here
     study = Study(graph, splits.training, pairs, narrowed, stages)

@@ -27,7 +27,7 @@ from rpfm_edge.core.artifact import Artifact
 from rpfm_edge.core.errors import InputError
 from rpfm_edge.core.signature import Signature, TensorSpec
 from rpfm_edge.people.formats import NobodyError
-from rpfm_edge.people.image import from_model, to_model
+from rpfm_edge.people.image import from_model, resize, to_model
 from rpfm_edge.people.pose import draw_skeleton, from_graph, to_graph
 from rpfm_edge.people.splits import open_splits
 from tests.keynet import LATENT, SIZE, STEPS, key_graph, key_student
@@ -250,3 +250,12 @@ def test_guidance_takes_tensors_of_no_source(student: Student) -> None:
     given = student.network(x, time, motion=moved, **tensors)
     null = student.network(x, time, motion=torch.zeros_like(moved), **none)
     torch.testing.assert_close(got, null + 3 * (given - null))
+
+
+def test_a_photo_is_stretched_where_the_teachers_were(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = np.random.default_rng(0).integers(0, 256, (40, 90, 3), dtype=np.uint8)
+    padded = pipe.prepare(wide).tensors
+    monkeypatch.setattr(pipe, "_fit", "squeeze")
+    for name, stretched in pipe.prepare(resize(wide, pipe.size)).tensors.items():
+        np.testing.assert_array_equal(pipe.prepare(wide).tensors[name], stretched)
+    assert any((pipe.prepare(wide).tensors[name] != padded[name]).any() for name in padded)

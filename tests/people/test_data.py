@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from rpfm_edge.core.errors import BackendError, ConfigError, InputError
-from rpfm_edge.people.data import draw_batch, hold_out, shared_person
+from rpfm_edge.people.data import as_seen, draw_batch, hold_out, shared_person
 from rpfm_edge.people.deepfashion import open_split, read_clip
 from rpfm_edge.people.formats import write_pose
+from rpfm_edge.people.image import decode_image
 from rpfm_edge.people.splits import open_splits
 
 FLAT = "fashionWOMENDressesid0000713204_4full.jpg"
@@ -441,3 +442,17 @@ def test_deepfashion_is_cut_by_garment_and_colour(tmp_path: Path) -> None:
     write_layout_a(tmp_path, [dress.replace("04_", "05_")], [], "test")
     assert open_splits(tmp_path).test.names == (dress.replace("04_", "05_"),)
     assert shared_person([denim, NESTED], [dress]) == NESTED  # however they are written
+
+
+def test_margins_move_a_pose_with_its_picture(layout_a: Path) -> None:
+    """A joint is on the same spot of the picture, stretched or with margins."""
+    split = open_split(layout_a, "train")
+    padded, size = as_seen(split, "pad"), (128, 128)
+    height, width = decode_image(split.read(split.names[0]), "it").shape[:2]
+    kept = min(size[0] / height, size[1] / width)
+    stretched, moved = split.pose(0, size), padded.pose(0, size)
+    centred = (moved - 63.5) / kept * [size[1] / width, size[0] / height] + 63.5
+    np.testing.assert_allclose(centred, stretched, atol=1.5)
+    border = padded.image(0, size)[:, 0]
+    assert (border == border[0]).all(), "a margin beside a tall picture"
+    assert as_seen(split, None) is split
