@@ -191,7 +191,7 @@ class Adapted(nn.Module):
         weight = (t - low[0]) / (high[0] - low[0])
         if not self.fractional:
             weight = (weight > 0.5).float()
-        t, tau, scale = low + weight * (high - low)
+        t, tau, scale = (low + weight * (high - low)).unbind()
         return t, tau, scale
 
 
@@ -203,7 +203,7 @@ def image_part(output: Tensor, channels: int) -> Tensor:
             expected=f"{channels} channels, or {2 * channels} with a learnt variance",
             fix="return the prediction's tensor",
         )
-    return output[:, :channels]
+    return output if output.shape[1] == channels else output[:, :channels]
 
 
 @torch.no_grad()

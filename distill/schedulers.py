@@ -161,19 +161,25 @@ def sampler_path(
         times: ours, from 0 to 1.
 
     Raises:
-        ConfigError: a scheduler without steps, or one that draws noise or goes back and forth.
+        ConfigError: a scheduler without steps, one that draws noise or goes back and forth, or a result with nan.
     """
     scheduler = copy.deepcopy(scheduler)
     at, scales = _levels(scheduler)
     if "variance_type" in scheduler.config:
         scheduler.register_to_config(variance_type=None)  # image_part has dropped it
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)  # else a first time that comes twice, as rounded ones do, would skip a step
     x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
     states = []
     for tau, scale in zip(scheduler.timesteps, scales, strict=True):
         states.append(x / scale)
         given = scheduler.scale_model_input(x, tau) if hasattr(scheduler, "scale_model_input") else x
         output = image_part(predict(given, tau.to(x.device).expand(len(x))), x.shape[1])
-        x = scheduler.step(output, tau, x).prev_sample
+        x = scheduler.step(output.to(x.dtype), tau, x).prev_sample
+    if not x.isfinite().all():
+        problem = f"the {_name(scheduler)}Scheduler's result is not finite"
+        fix = "correct prediction_type; noise cannot be predicted from rescale_betas_zero_snr's first time"
+        raise ConfigError(problem, expected="numbers", fix=fix)
     at, states = [*at, 1.0], [*states, x]
     if at[0] > 0:
         at, states = [0.0, *at], [noise, *states]
