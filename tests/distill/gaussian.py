@@ -42,6 +42,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mochi": {**_FLOW, "invert_sigmas": True},
     "wan": {"_class_name": "UniPCMultistepScheduler", **_WAN},
     "wan-dpm": {"_class_name": "DPMSolverMultistepScheduler", **_WAN},
+    "wan-sample": {"_class_name": "UniPCMultistepScheduler", **_WAN, "prediction_type": "sample"},
+    "wan-epsilon": {"_class_name": "UniPCMultistepScheduler", **_WAN, "prediction_type": "epsilon"},
 }
 
 
@@ -76,9 +78,9 @@ class Gaussian(nn.Module):
     def levels(self, tau: Tensor) -> tuple[Tensor, Tensor]:
         """α and σ of τ; between the times of a table as diffusers' Euler has it, ln(σ / α) linear in τ."""
         if "sigma_data" in self.config or "timestep_type" in self.config:
-            return torch.ones_like(tau), torch.exp(4 * tau)
+            return torch.ones_like(tau), torch.exp(4 * tau.double())
         if "FlowMatch" in self.config["_class_name"] or "use_flow_sigmas" in self.config:
-            level = tau / 1000
+            level = tau.double() / 1000
             return (level, 1 - level) if "invert_sigmas" in self.config else (1 - level, level)
         squares = self.scheduler.alphas_cumprod.double()
         whole = tau.double().floor().long().clamp(0, len(squares) - 1)

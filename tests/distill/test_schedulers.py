@@ -22,7 +22,7 @@ from tests.distill.gaussian import CONFIGS, Gaussian, gaussian_flow
 
 SAMPLERS = (
     *("sd", "sd-v", "sd-sample", "sd-zero-v", "sd-dpm", "sd-dpm-zero-v", "sd-unipc", "sd-deis", "sd-euler", "svd"),
-    *("edm", "edm-v", "edm-solver", "sd3", "flux", "mochi", "wan", "wan-dpm"),
+    *("edm", "edm-v", "edm-solver", "sd3", "flux", "mochi", "wan", "wan-dpm", "wan-sample"),
 )
 
 
@@ -137,15 +137,13 @@ def test_where_a_path_begins_decides() -> None:
 
 
 def test_a_learnt_variance_is_dropped_before_the_sampler_sees_it() -> None:
-    plain = prepared("sd-dpm", 5)
-    learned = prepared("sd-dpm", 5, variance_type="learned_range")
-    network = Gaussian("sd-dpm")
+    network, x = Gaussian("sd-dpm"), torch.cat([noise(), 1 - noise()], 1)  # more channels than a picture has
 
     def both(x: Tensor, tau: Tensor) -> Tensor:
         return torch.cat([network(x, tau), torch.ones_like(x)], 1)
 
-    got = sampler_path(both, learned, noise(), [1.0])[0]
-    torch.testing.assert_close(got, loop(network, plain, noise()))
+    got = sampler_path(both, prepared("sd-dpm", 5, variance_type="learned_range"), x, [1.0])[0]
+    torch.testing.assert_close(got, loop(network, prepared("sd-dpm", 5), x))
 
 
 @pytest.mark.parametrize(
