@@ -218,7 +218,7 @@ def check_ends(velocity: Callable[[Tensor, float], Tensor], noise: Tensor, t_fir
     Raises:
         ConfigError: naming the time.
     """
-    fix = "begin at the first time that the network learnt (Adapted.t_first and start), or give its sampler's path"
+    fix = "let predictions.Adapted begin at the first time that the network learnt, or give its sampler's path"
     probes, found = [t_first + step for step in NOISY_PROBES], []
     for t in (*probes, *LATE_PROBES):
         found.append(velocity(float(np.hypot(t, 1 - t)) * noise, t).float())

@@ -151,7 +151,8 @@ def sampler_path(
     """States of a teacher's own sampler in our coordinates.
 
     At the sampler's own times they are what the network is given, between them they lie on straight lines, as in DDIM.
-    Before the first of its times the line begins at the noise; the last state, t = 1, is the sampler's result.
+    Before the first of its times they are the noise, in the scale of the time, as ``Adapted.start`` has it. The last
+    state, t = 1, is the sampler's result.
 
     Args:
         predict: the network's output, guidance included, for x (B, C, …) in its scaling and τ (B,); a learnt variance
@@ -181,9 +182,7 @@ def sampler_path(
         fix = "correct prediction_type; noise cannot be predicted from rescale_betas_zero_snr's first time"
         raise ConfigError(problem, expected="numbers", fix=fix)
     at, states = [*at, 1.0], [*states, x]
-    if at[0] > 0:
-        at, states = [0.0, *at], [noise, *states]
-    return [_on_polyline(at, states, t) for t in times]
+    return [noise * math.hypot(t, 1 - t) if t < at[0] else _on_polyline(at, states, t) for t in times]
 
 
 def _levels(scheduler: Any) -> tuple[list[float], list[float]]:

@@ -373,7 +373,7 @@ def textbook(held: float) -> Function:
 def test_a_velocity_with_a_wrong_end_is_refused(velocity: Function, found: str) -> None:
     noise = torch.randn(64, 2, 1, 1, generator=torch.Generator().manual_seed(0))
     assert found in message(lambda: check_ends(velocity, noise))
-    assert "begin at the first time that the network learnt" in message(lambda: check_ends(velocity, noise))
+    assert "Adapted begin at the first time that the network learnt" in message(lambda: check_ends(velocity, noise))
 
 
 @pytest.mark.parametrize(
