@@ -227,7 +227,8 @@ def simplified(module: nn.Module, signature: Signature) -> Any:
             dynamo=False,
         )
     with quiet():
-        model, valid = onnxsim.simplify(onnx.load_from_string(stream.getvalue()))
+        loaded = onnx.load_from_string(stream.getvalue())
+        model, valid = onnxsim.simplify(loaded, skipped_optimizers=["fuse_attention"])  # ONNX Runtime's operator alone
     if not valid:
         raise ParityError(
             "onnxsim changed what the graph computes", expected="the same results", fix="use the pinned onnxsim version"
