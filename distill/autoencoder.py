@@ -163,14 +163,20 @@ def _aligned(latent: Tensor, tensors: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 class KLAutoencoder(nn.Module):
-    """diffusers' ``AutoencoderKL`` (the SD VAE family): its scaling factor and shift become our normalisation."""
+    """diffusers' ``AutoencoderKL`` (the SD VAE family): its scaling factor and shift, or its channels' means and
+    deviations, become our normalisation."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
-        self.scale = float(vae.config.scaling_factor)
-        self.shift = float(vae.config.get("shift_factor") or 0.0)
         self.latent_channels = int(vae.config.latent_channels)
+        mean, deviation = (vae.config.get(f"latents_{one}") for one in ("mean", "std"))  # of each channel: Wan, SDXL, …
+        scale = torch.full((self.latent_channels,), float(vae.config.scaling_factor))
+        shift = torch.full((self.latent_channels,), float(vae.config.get("shift_factor") or 0.0))
+        if mean is not None and deviation is not None:
+            scale, shift = 1 / torch.tensor(deviation, dtype=torch.float32), torch.tensor(mean, dtype=torch.float32)
+        self.register_buffer("scale", scale.view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("shift", shift.view(1, -1, 1, 1), persistent=False)
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
 
     def encode(self, image: Tensor) -> Tensor:

@@ -94,11 +94,14 @@ def encode_split(
     device: torch.device | str = "cpu",
     pictures: Pictures | None = None,
     pose: PoseKind = "skeleton",
+    needed: np.ndarray | None = None,
+    also: Path | None = None,
 ) -> EncodedSplit:
-    """Encode every image of a split, plain and mirrored; on a GPU the result stays there, skeletons too if they fit.
+    """Encode the images of a split, plain and mirrored; on a GPU the result stays there, skeletons too if they fit.
 
-    The latents are kept in the folder ``cache`` under the digest of data set, names, size and weights. ``pictures``
-    are those of the split, where somebody has them already; ``pose`` is the kind that batches will hold.
+    The latents are kept in the folder ``cache`` under the digest of data set, names, size and weights, and looked for
+    in the folder ``also``. ``pictures`` are those of the split, where somebody has them already; ``pose`` is the kind
+    that batches will hold. ``needed``: the indices whose latents will be asked for, all of them if not given.
     """
     key = json_digest(
         {
@@ -109,10 +112,14 @@ def encode_split(
             "autoencoder": fingerprint(autoencoder),
         }
     )
-    file = cache / f"latents-{key[:16]}.safetensors"
+    whole = [folder / f"latents-{key[:16]}.safetensors" for folder in (cache, also) if folder is not None]
+    file, indices = next((one for one in whole if one.exists()), whole[0]), np.arange(len(split.names))
+    if needed is not None and not file.exists() and 2 * len(needed) < len(indices):  # else all, for later students
+        indices, key = needed, json_digest([key, needed.tolist()])
+        file = cache / f"latents-{key[:16]}.safetensors"
     pictures = pictures or open_pictures(split, size, device)
     if not file.exists():
-        write_bytes(file, save({"latents": _encode(pictures, autoencoder, device)}))
+        write_bytes(file, save({"latents": _encode(pictures, indices, autoencoder, device)}))
     with readable(file, "whole latents", "delete it, and they are encoded again"):
         latents = load_file(file)["latents"]
     return settle_split(EncodedSplit(split, latents, size, pose=pose, pictures=pictures), device)
@@ -137,18 +144,21 @@ def settle_split(data: EncodedSplit, device: torch.device | str, resident: bool 
 
 
 @torch.no_grad()
-def _encode(pictures: Pictures, autoencoder: Autoencoder, device: torch.device | str) -> Tensor:
-    plain, mirrored = [], []
-    count = len(pictures.split.names)
+def _encode(pictures: Pictures, indices: np.ndarray, autoencoder: Autoencoder, device: torch.device | str) -> Tensor:
+    """(2, N, C, h, w): plain and mirrored; of pictures that are not among ``indices``, zeros."""
     pictures(np.arange(1))  # decodes all of them where they stay, behind a bar of its own
-    with progress("encoding images", total=count) as advance:
-        for start in range(0, count, 32):
-            indices = np.arange(start, min(start + 32, count))
-            images = as_model(pictures(indices).to(device)).contiguous()
-            plain.append(autoencoder.encode(images).half().cpu())
-            mirrored.append(autoencoder.encode(images.flip(3)).half().cpu())
-            advance(start + len(indices))
-    return torch.stack([torch.cat(plain), torch.cat(mirrored)]).contiguous()
+    latents: Tensor | None = None
+    with progress("encoding images", total=len(indices)) as advance:
+        for start in range(0, len(indices), 32):
+            some = indices[start : start + 32]
+            images = as_model(pictures(some).to(device)).contiguous()
+            both = torch.stack([autoencoder.encode(one).half().cpu() for one in (images, images.flip(3))])
+            if latents is None:
+                latents = both.new_zeros(2, len(pictures.split.names), *both.shape[2:])
+            latents[:, torch.from_numpy(some)] = both
+            advance(start + len(some))
+    assert latents is not None
+    return latents
 
 
 def fingerprint(autoencoder: Autoencoder) -> str:

@@ -16,7 +16,7 @@ from distill.guidance import Guidance
 from distill.networks import describe
 from distill.qad import QadConfig, train_rounded
 from distill.rpfm import RPFMConfig, preset
-from distill.store import StoreConfig, build_store, load_store
+from distill.store import StoreConfig, build_store, load_store, pictures_of
 from distill.student import METHODS, DistillConfig, create_student, load_student, save_student, train_student
 from distill.teach import DTYPES, check_choice, check_people, stage_of, thin, work_folder
 from distill.teacher import Teacher, load_teacher, move
@@ -81,7 +81,15 @@ def distill(recipe: DistillRecipe, teacher_spec: str, split: Split, out: Path) -
     move(teacher, processes.device)
     with processes.main_process_first():
         cache = Path(recipe.cache) if recipe.cache else work
-        data = encode_split(split, teacher.autoencoder, cache, teacher.size, processes.device)
+        data = encode_split(
+            split,
+            teacher.autoencoder,
+            cache,
+            teacher.size,
+            processes.device,
+            needed=pictures_of(stored, split),
+            also=work_folder(Path(teacher_spec)),  # what its training encoded
+        )
     folder = Path(recipe.store) if recipe.store else work / "store"
     build_store(teacher, known_as, data, folder, stored, recipe.store_seconds, processes)
     processes.wait_for_everyone()

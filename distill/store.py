@@ -59,6 +59,20 @@ class StoreConfig:
         return -(-self.trajectories // self.shard_size)
 
 
+def pictures_of(config: StoreConfig, split: Split) -> np.ndarray:
+    """The indices of all pictures that the paths of a whole store need, in order."""
+    drawn = [_draw(config, split, shard)[1] for shard in range(config.shards)]
+    return np.unique(np.concatenate([array.ravel() for sources, targets, _ in drawn for array in (sources, targets)]))
+
+
+def _draw(
+    config: StoreConfig, split: Split, shard: int
+) -> tuple[np.random.Generator, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The sources, targets and mirrorings of a shard, and the generator for what else is drawn for it."""
+    rng = np.random.default_rng([config.seed, shard])
+    return rng, draw_batch(split, config.sources_per_shard, config.targets_per_source, rng)
+
+
 @dataclass(frozen=True, slots=True)
 class Trajectories:
     """A loaded store: ``states[i, k]`` is trajectory i at t = k / grid."""
@@ -108,7 +122,8 @@ def build_store(
 
 def _check_ends(teacher: Teacher, data: EncodedSplit, config: StoreConfig, device: torch.device | str) -> None:
     """Of one pair: a velocity that is no number at noise, or leaps there, would spoil all paths."""
-    batch = data.batch(*draw_batch(data.split, 1, 1, np.random.default_rng(config.seed)), device)
+    sources, targets, flips = _draw(config, data.split, 0)[1]
+    batch = data.batch(sources[:1], targets[:1, :1], flips[:1], device)
     condition = teacher.condition(batch.source, batch.pose)
     noise = torch.randn(1, *teacher.latent_shape, generator=torch.Generator().manual_seed(config.seed)).to(device)
     check_ends(lambda x, t: teacher.velocity(x, t, condition), noise)
@@ -156,8 +171,8 @@ def _solve_shards(
     """The tensors of each shard, all solved in one batch; noise is drawn on the CPU."""
     drawn, noises = [], []
     for shard in shards:
-        rng = np.random.default_rng([config.seed, shard])
-        drawn.append(draw_batch(data.split, config.sources_per_shard, config.targets_per_source, rng))
+        rng, pairs = _draw(config, data.split, shard)
+        drawn.append(pairs)
         noises.append(rng.standard_normal((config.shard_size, *teacher.latent_shape), dtype=np.float32))
     sources, targets, flips = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
     batch, noise = data.batch(sources, targets, flips, device), torch.from_numpy(np.concatenate(noises)).to(device)

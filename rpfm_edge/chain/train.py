@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from rpfm_edge.core import artifact
 from rpfm_edge.core.artifact import Artifact
 from rpfm_edge.core.config import parse, read_toml, without_none
+from rpfm_edge.core.errors import ConfigError
 from rpfm_edge.core.extras import require_module
 from rpfm_edge.core.flow import guidance_scale
 from rpfm_edge.people.splits import open_splits
@@ -63,4 +65,11 @@ def fine_tune(student: str | Path, data: str | Path, out: str | Path, **changes:
 def _distill_module(name: str) -> Any:
     require_module("torch", "distill")
     require_module("accelerate", "distill")
+    spec, ours = find_spec("distill"), Path(__file__).parent.parent.parent / "distill"
+    if spec is None or Path(spec.origin or "").parent != ours:
+        raise ConfigError(
+            f"{spec.origin if spec else 'nothing'} is imported as distill, in place of the kit's own",
+            expected=str(ours),
+            fix="rename your file, or take its folder out of PYTHONPATH",
+        )
     return import_module(f"distill.{name}")

@@ -6,14 +6,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors import safe_open
@@ -382,6 +385,77 @@ def two_processes(text: str, tmp_path: Path) -> list[dict[str, Any]]:
     made = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert [one["world"] for one in made] == [2, 2]
     return made
+
+
+NODE = """
+import json, sys, time
+from pathlib import Path
+import torch
+from distill.train import TrainConfig, fit, join_processes
+
+state, out = join_processes(), Path(sys.argv[1])
+torch.manual_seed(0)
+module, first = torch.nn.Linear(3, 1), []
+
+def loss(model, step, rng):
+    first.append(step)
+    (out / f"step{state.process_index}").write_text(str(step))
+    time.sleep(0.05)
+    x = torch.from_numpy(rng.standard_normal((16, 3), dtype="float32"))
+    return model(x).square().mean()
+
+config = TrainConfig(steps=60, lr=1e-2, precision="no", save_every_s=0.2)
+ema, history = fit(module, loss, config, out / "c.safetensors", "nodes")
+result = {"first": first[0], "step": history.step, "weight": ema.weight.tolist(), "losses": history.losses}
+(out / f"rank{state.process_index}.json").write_text(json.dumps(result))
+"""
+
+
+def start_node(script: Path, out: Path, port: int, host: bool) -> subprocess.Popen[bytes]:
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    options = ["--nnodes=2", "--nproc-per-node=1", "--max-restarts=5", "--rdzv-backend=c10d", "--rdzv-id=test"]
+    endpoint = [f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-conf=is_host={int(host)},timeout=10"]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, *endpoint, str(script), str(out)]
+    log = (out / f"node{int(host)}.log").open("ab")
+    return subprocess.Popen(command, env=environment, cwd=root, stdout=log, stderr=log)
+
+
+def kill_node(node: subprocess.Popen[bytes]) -> None:
+    """As a power cut: the launcher and its worker, which has a session of its own."""
+    for process in [*psutil.Process(node.pid).children(recursive=True), node]:
+        process.kill()
+    node.wait()
+
+
+@pytest.mark.slow
+def test_a_node_that_is_killed_comes_back(tmp_path: Path) -> None:
+    """Two rendezvoused nodes of one process each, on a shared folder: the run continues from its checkpoint."""
+    script = tmp_path / "node.py"
+    script.write_text(NODE)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = [start_node(script, tmp_path, port, host) for host in (True, False)]
+    deadline, killed = time.monotonic() + 200, False
+    try:
+        while any(node.poll() != 0 for node in nodes):
+            assert time.monotonic() < deadline, (tmp_path / "node1.log").read_text()[-2000:]
+            if not killed and (tmp_path / "c.safetensors").exists():
+                kill_node(nodes[1])
+                killed = True
+            for index, node in enumerate(nodes):  # as the documented loop does on each machine
+                if node.poll():
+                    nodes[index] = start_node(script, tmp_path, port, index == 0)
+            time.sleep(0.1)
+    finally:
+        for node in nodes:
+            if node.poll() is None:
+                kill_node(node)
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    assert first["first"] == second["first"] > 0, "it went on from the checkpoint"
+    assert first["step"] == second["step"] == len(first["losses"]) == 60
+    assert first["weight"] == second["weight"]
 
 
 def test_two_processes_train_one_student(tmp_path: Path) -> None:
