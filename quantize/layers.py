@@ -19,6 +19,7 @@ from rpfm_edge.core.source_map import map_nodes, place_nodes, reaching
 
 PRODUCTS = ("Conv", "Gemm", "MatMul")
 IMAGE = onnx.TensorProto.UINT8
+PASSED = ("Relu", "Concat", "Slice", "Split", "Squeeze", "Unsqueeze", "Pad", "Identity", "Cast", "DepthToSpace", "Clip")
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,14 +178,17 @@ def _stem(model: onnx.ModelProto, layers: set[str], mapped: Collection[str]) -> 
 
 
 def _rearranged(model: onnx.ModelProto) -> set[str]:
-    """The convolutions with a Reshape or Transpose between them and the product before."""
+    """The convolutions whose input NNCF would quantize before a Reshape or Transpose: there is nothing else between.
+
+    The Reshapes of a group norm are not of that kind: behind them its scale, and most often an activation, stands.
+    """
     moved: set[str] = set()
     found: set[str] = set()
     for node in model.graph.node:
         touched = bool(moved & set(node.input))
         if node.op_type == "Conv" and node.input[0] in moved:
             found.add(node.name)
-        if node.op_type in ("Reshape", "Transpose") or (touched and node.op_type not in PRODUCTS):
+        if node.op_type in ("Reshape", "Transpose") or (touched and node.op_type in PASSED):
             moved |= set(node.output)
     return found
 
