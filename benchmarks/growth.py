@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from benchmarks.roofline import graph_flops
 from distill.autoencoder import SmallAutoencoder, SmallAutoencoderConfig
-from distill.export import Frame, example_feeds, signatures, write_graph
+from distill.export import Frame, example_feeds, signatures
+from distill.graphs import write_graph
 from distill.rpfm import RPFM, preset
 from distill.student import Student
 from rpfm_edge.core import artifact, files

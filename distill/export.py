@@ -8,30 +8,22 @@ network makes of a source, by their own names.
 
 from __future__ import annotations
 
-import io
-import os
-import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from distill.condition import Source, Tensors, encode_pose, encoded
+from distill.graphs import OPSET, write_graph
 from distill.student import Student, load_student
 from rpfm_edge.core import artifact
 from rpfm_edge.core.artifact import Artifact, Stage, tool_versions
-from rpfm_edge.core.errors import ConfigError, ParityError
 from rpfm_edge.core.flow import check_steps
 from rpfm_edge.core.signature import GIVEN_JOINTS, Signature, TensorSpec
 from rpfm_edge.people.pose import MISSING, pose_input
 
-OPSET = 20
-TOLERANCE = 1e-4  # max abs in FP32, on keys and values and on the image in [-1, 1] before it is rounded
 TOOLS = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")
 FACTORY = "distill.export:reference"
 RESERVED = {"source", GIVEN_JOINTS, "pose", "noise", "image"}
@@ -119,7 +111,7 @@ def export(path: str | Path, out: Path, steps: int | None = None, noise_seed: in
 
     Raises:
         ConfigError: the student has not learnt to run with ``steps``.
-        ParityError: the ONNX graph and torch disagree by more than 1e-4; nothing is written then.
+        ParityError: the ONNX graph and torch disagree (``graphs.TOLERANCE``); nothing is written then.
     """
     student, loaded = load_student(path)
     steps, size = steps or int(loaded.config["steps"]), tuple(loaded.config["size"])
@@ -143,9 +135,10 @@ def export(path: str | Path, out: Path, steps: int | None = None, noise_seed: in
         "factory": FACTORY,
         "student": loaded.digest,
     }
+    foreign = "factory" in loaded.config["network"]
     with artifact.replacing_folder(out, "graph") as folder:
         deviation = {
-            name: write_graph(module, boundary[name], feeds[name], folder / f"{name}.onnx")
+            name: write_graph(module, boundary[name], feeds[name], folder / f"{name}.onnx", foreign)
             for name, module in (("prepare", Prepare(student)), ("frame", Frame(student, steps)))
         }
         np.save(folder / "noise.npy", noise)
@@ -185,98 +178,6 @@ def example_feeds(
     tensors = {spec.name: value.numpy() for spec, value in zip(boundary["prepare"].outputs, made, strict=True)}
     taken = {spec.name: tensors[spec.name] for spec in boundary["frame"].inputs if spec.name in tensors}
     return {"prepare": prepare, "frame": {"pose": pose, "noise": noise, **taken}}
-
-
-def write_graph(module: nn.Module, signature: Signature, feeds: dict[str, np.ndarray], path: Path) -> float:
-    """Export, simplify, compare with torch on ``feeds`` and write; returns the largest absolute deviation.
-
-    A module may return a second tensor, its result before rounding: only that one shows how near the graph is, so it is
-    compared too, and left out of the file.
-    """
-    import onnx
-
-    model = simplified(module, signature)
-    deviation = max_deviation(module, model, feeds)
-    if not deviation <= TOLERANCE:  # nan must not pass
-        raise ParityError(
-            f"{path.name} differs from torch by {deviation:.2g}",
-            expected=f"at most {TOLERANCE:g}",
-            fix="check the versions of torch, onnx and onnxsim (rpfm-edge doctor)",
-        )
-    del model.graph.output[len(signature.outputs) :]
-    onnx.save(model, path)
-    return deviation
-
-
-def simplified(module: nn.Module, signature: Signature) -> Any:
-    """The ONNX model of ``module`` after onnxsim, inputs and outputs named by the signature."""
-    import onnx
-    import onnxsim
-
-    example = tuple(torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in signature.inputs)
-    stream = io.BytesIO()
-    with warnings.catch_warnings(), traceable(type(module).__name__.lower()):
-        warnings.simplefilter("ignore")  # tracing is deprecated, but eight times as fast for the same graph
-        torch.onnx.export(
-            module.eval(),
-            example,
-            stream,
-            input_names=[spec.name for spec in signature.inputs],
-            output_names=[spec.name for spec in signature.outputs],
-            opset_version=OPSET,
-            dynamo=False,
-        )
-    with quiet():
-        loaded = onnx.load_from_string(stream.getvalue())
-        model, valid = onnxsim.simplify(loaded, skipped_optimizers=["fuse_attention"])  # ONNX Runtime's operator alone
-    if not valid:
-        raise ParityError(
-            "onnxsim changed what the graph computes", expected="the same results", fix="use the pinned onnxsim version"
-        )
-    return model
-
-
-@contextmanager
-def traceable(graph: str) -> Iterator[None]:
-    """Say in one sentence what of a network cannot be traced; torch's fused transformer layers never can."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    except (torch.onnx.errors.OnnxExporterError, torch.jit.TracingCheckError, RuntimeError) as error:
-        raise ConfigError(
-            f"{graph} cannot be traced to ONNX ({str(error).strip().splitlines()[0][:200]})",
-            expected="operations that torch.onnx.export knows, and no decisions by a tensor's values",
-            fix="replace the operation in the network, source or pose that it is in",
-        ) from None
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Send what C++ code writes to standard error to nowhere: onnxsim reports every node that it may not fold."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
-def max_deviation(module: nn.Module, model: Any, feeds: dict[str, np.ndarray]) -> float:
-    """Largest absolute difference between the float outputs of torch and of ONNX Runtime on ``feeds``."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    with torch.no_grad():
-        result = module.eval()(*(torch.from_numpy(value) for value in feeds.values()))
-    expected = result if isinstance(result, tuple) else (result,)
-    pairs = zip(session.run(None, feeds), expected, strict=True)
-    return max(float(np.abs(got - want.numpy()).max()) for got, want in pairs if want.is_floating_point())
 
 
 def reference(folder: Path) -> dict[str, Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]]:

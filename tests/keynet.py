@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from distill.autoencoder import SmallAutoencoder, SmallAutoencoderConfig
 from distill.condition import Network, Source, Tensors, visible
-from distill.export import Frame, Prepare, example_feeds, signatures, write_graph
+from distill.export import Frame, Prepare, example_feeds, signatures
+from distill.graphs import write_graph
 from distill.student import Student
 from rpfm_edge.core import artifact
 from rpfm_edge.core.artifact import Artifact

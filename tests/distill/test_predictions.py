@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.condition import Source
-from distill.export import simplified
+from distill.graphs import simplified
 from distill.predictions import Adapted, Prediction, Schedule, check_ends
 from distill.schedulers import read_scheduler, sampler_path
 from rpfm_edge.core.errors import ConfigError

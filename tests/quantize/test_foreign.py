@@ -10,7 +10,8 @@ from diffusers import AutoencoderKL
 
 from distill.autoencoder import KLAutoencoder
 from distill.contract import ContractNetwork
-from distill.export import Frame, example_feeds, signatures, write_graph
+from distill.export import Frame, example_feeds, signatures
+from distill.graphs import write_graph
 from distill.student import Student
 from quantize.execute import Graph
 from quantize.int8 import to_int8
