@@ -62,7 +62,7 @@ def simplified(module: nn.Module, signature: Signature, guarded: bool = False) -
         traced, simple = Path(folder) / "traced.onnx", Path(folder) / "simple.onnx"
         _trace(module, signature, traced)
         if guarded:
-            command = [sys.executable, "-m", "distill.graphs", traced, simple]
+            command = [sys.executable, "-m", "distill.graphs", str(traced), str(simple)]
             if subprocess.run(command, capture_output=True, check=False).returncode:
                 simple.unlink(missing_ok=True)
                 _fold(traced, simple)

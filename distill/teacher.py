@@ -248,7 +248,7 @@ def move(teacher: Teacher, device: torch.device | str) -> None:
 def sample_teacher(
     teacher: Teacher, noise: Tensor, condition: Any, steps: int, solver: Solver = "euler"
 ) -> list[Tensor]:
-    """The states at t = 0, 1/steps, …, 1, float32, from (B, C, h, w) noise.
+    """The states at t = 0, 1/steps, …, 1, from (B, C, h, w) noise.
 
     The reference, which is what ``heun`` asks for, is the teacher's own sampler, if it has one.
     """
@@ -256,7 +256,7 @@ def sample_teacher(
     if own is not None and solver == "heun":
         return [state.float() for state in own(noise, condition, time_grid(steps))]
     begin: Tensor = teacher.start(noise, condition) if hasattr(teacher, "start") else noise
-    return solve(lambda x, t: teacher.velocity(x, t, condition).float(), begin, time_grid(steps), solver)
+    return solve(lambda x, t: teacher.velocity(x, t, condition).to(x.dtype), begin, time_grid(steps), solver)
 
 
 # Artifact ------------------------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from dataclasses import replace
 from rich.console import Console
 from rich.table import Table
 
+from distill.guidance import Guidance
 from distill.reference import teacher_images
-from distill.teacher import RPFMTeacher, load_teacher
+from distill.teacher import NetworkTeacher, load_teacher
 from rpfm_edge.core.errors import ConfigError, RpfmError
 from rpfm_edge.measure import metrics
 from rpfm_edge.people.held_out import draw_pairs
@@ -24,7 +25,7 @@ from rpfm_edge.people.splits import open_splits
 def measured(spec: str, data: str, count: int, steps: int, scales: Sequence[float]) -> Table:
     """A row for each scale, on the teacher's own schedule."""
     teacher = load_teacher(spec)
-    if not isinstance(teacher, RPFMTeacher):
+    if not isinstance(teacher, NetworkTeacher) or not isinstance(teacher.guidance, Guidance):
         raise ConfigError(f"{spec} has a guidance of its own", expected="a teacher of ours", fix="choose it there")
     pairs = draw_pairs(open_splits(data).validation, count, teacher.size, teacher.latent_shape)
     title = f"{len(pairs.names)} validation pairs, guidance {teacher.guidance.schedule}, mean against the truth"

@@ -99,9 +99,10 @@ def random_weights(name: str, folder: Path, steps: int, seed: int = 0) -> None:
     """A teacher and a student of preset ``name`` with random weights and the shipped student's autoencoder."""
     import torch
 
+    from distill.guidance import Guidance
     from distill.rpfm import RPFM, preset
     from distill.student import DistillConfig, create_student, load_student, save_student
-    from distill.teacher import Guidance, RPFMTeacher, load_teacher, save_teacher
+    from distill.teacher import NetworkTeacher, load_teacher, save_teacher
 
     architecture = preset(name)
     shipped, loaded = load_student("student:xs")
@@ -112,7 +113,7 @@ def random_weights(name: str, folder: Path, steps: int, seed: int = 0) -> None:
         for parameter in network.parameters():
             parameter.add_(SPREAD * torch.randn_like(parameter))
     size = (int(loaded.config["size"][0]), int(loaded.config["size"][1]))
-    teacher = RPFMTeacher(network, shipped.autoencoder, Guidance(), size)
+    teacher = NetworkTeacher(network, shipped.autoencoder, Guidance(), size)
     save_teacher(teacher, folder / "teacher", (), torch.float16)
     student = create_student(load_teacher(folder / "teacher"), config)
     save_student(student, folder / "student", config, size, (), torch.float16)

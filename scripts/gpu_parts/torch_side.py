@@ -14,7 +14,7 @@ from distill.condition import Tensors, encode_pose, encoded
 from distill.export import to_float
 from distill.reference import student_images
 from distill.student import Student, load_student
-from distill.teacher import RPFMTeacher, load_teacher, sample_teacher
+from distill.teacher import NetworkTeacher, load_teacher, sample_teacher
 from rpfm_edge.core import artifact
 from rpfm_edge.core.files import write_bytes
 from rpfm_edge.judge.quality import circumstances, measure_stage, teacher_stages
@@ -153,7 +153,7 @@ def student_run(student: Student, steps: int, noise: torch.Tensor, tensors: Tens
 def teacher_run(teacher: Path, sources: np.ndarray, joints: np.ndarray, noise: torch.Tensor, dtype: torch.dtype) -> Run:
     """The teacher's frame: guided, ``TEACHER_STEPS`` steps; what depends on the source alone is computed before."""
     loaded = load_teacher(teacher)
-    assert isinstance(loaded, RPFMTeacher)
+    assert isinstance(loaded, NetworkTeacher)
     loaded.to(device())
     lower(loaded.network, loaded.autoencoder, dtype)
     source = torch.from_numpy(to_model(sources)).to(device(), dtype)
