@@ -7,6 +7,7 @@ are here: a small convolutional one for the device, and diffusers' ``Autoencoder
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -179,6 +180,12 @@ class KLAutoencoder(nn.Module):
         self.register_buffer("shift", shift.view(1, -1, 1, 1), persistent=False)
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
 
+    def without_decoder(self) -> KLAutoencoder:
+        """A copy that encodes and no more, so that nobody carries a large decoder that nobody runs."""
+        copy = deepcopy(self)
+        copy.vae.decoder, copy.vae.post_quant_conv = nn.Identity(), None
+        return copy
+
     def encode(self, image: Tensor) -> Tensor:
         """The mode of the posterior, so that the same image always has the same latent."""
         return (self.vae.encode(image).latent_dist.mode() - self.shift) * self.scale
@@ -228,7 +235,8 @@ def create(config: dict[str, Any]) -> nn.Module:
     if config["kind"] == "kl":
         from diffusers import AutoencoderKL
 
-        return KLAutoencoder(AutoencoderKL.from_config(config["config"]))
+        made = KLAutoencoder(AutoencoderKL.from_config(config["config"]))
+        return made if config.get("decoder", True) else made.without_decoder()
     raise ConfigError(
         f"unknown autoencoder {config['kind']!r}", expected="small, aligned or kl", fix="check the manifest"
     )
@@ -246,7 +254,7 @@ def describe(autoencoder: nn.Module) -> dict[str, Any]:
         return {"kind": kind, **asdict(autoencoder.config)}
     if isinstance(autoencoder, KLAutoencoder):
         config = {k: v for k, v in autoencoder.vae.config.items() if not k.startswith("_")}  # where it was read from, …
-        return {"kind": "kl", "config": config}
+        return {"kind": "kl", "config": config, "decoder": not isinstance(autoencoder.vae.decoder, nn.Identity)}
     raise ConfigError(
         f"autoencoder {type(autoencoder).__name__}", expected="SmallAutoencoder or KLAutoencoder", fix="wrap it in one"
     )

@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 
+from distill.autoencoder import KLAutoencoder
 from distill.batches import encode_split
+from distill.decoder_command import load_decoder
 from distill.guidance import Guidance
 from distill.networks import describe
 from distill.qad import QadConfig, train_rounded
 from distill.rpfm import RPFMConfig, preset
+from distill.small_decoder import WithDecoder
 from distill.store import StoreConfig, build_store, load_store, pictures_of
 from distill.student import METHODS, DistillConfig, create_student, load_student, save_student, train_student
 from distill.teach import DTYPES, check_choice, check_people, stage_of, thin, work_folder
@@ -71,6 +74,8 @@ def distill(recipe: DistillRecipe, teacher_spec: str, split: Split, out: Path) -
     start, origin = load_student(recipe.init) if recipe.init else (None, None)
     student = create_student(teacher, config, _architecture(recipe, teacher), start.network if start else None)
     known_as = getattr(teacher, "digest", "") or identity(teacher_spec)
+    if recipe.codec:
+        student.autoencoder = with_decoder(teacher, recipe.codec)
     describe(student.network, student.autoencoder)  # what cannot be saved is refused now
     inputs = {"teacher": known_as} | ({"init": origin.digest} if origin else {})
     stored = StoreConfig(recipe.trajectories, targets_per_source=recipe.targets_per_source, seed=recipe.seed + 1)
@@ -105,6 +110,20 @@ def distill(recipe: DistillRecipe, teacher_spec: str, split: Split, out: Path) -
         save_student(student, out, config, teacher.size, lineage, DTYPES[recipe.weights], **facts)
     processes.wait_for_everyone()
     return artifact.load(out, "student")
+
+
+def with_decoder(teacher: Teacher, path: str) -> WithDecoder:
+    """The teacher's encoder with a small decoder for its latents."""
+    decoder, codec = load_decoder(path), teacher.autoencoder
+    fits = (decoder.config.latent_channels, decoder.config.factor)
+    if fits != (codec.latent_channels, codec.factor):
+        raise ConfigError(
+            f"{path} decodes {fits[0]} channels of {fits[1]} pixels",
+            expected=f"{codec.latent_channels} of {codec.factor}, the teacher's",
+            fix="run distill-decoder for this teacher",
+        )
+    encoder: Any = codec.without_decoder() if isinstance(codec, KLAutoencoder) else codec
+    return WithDecoder(encoder, decoder)
 
 
 def fine_tune(recipe: QadRecipe, student_spec: str, split: Split, out: Path) -> Artifact:

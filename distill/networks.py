@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,7 @@ from distill.aligned import AlignedRPFM
 from distill.condition import Network
 from distill.contract import ContractNetwork, Parts, call_factory
 from distill.rpfm import RPFM, RPFMConfig
+from distill.small_decoder import SmallDecoder, SmallDecoderConfig, WithDecoder
 from rpfm_edge.core.errors import ConfigError
 
 
@@ -23,12 +25,16 @@ def create_network(config: RPFMConfig) -> RPFM:
 def describe(network: Network, codec: nn.Module) -> dict[str, Any]:
     """The ``network`` and ``autoencoder`` of a manifest, which ``create`` makes the same architectures of."""
     described = network.describe()
-    factory = described.get("factory")
-    known = factory is None or autoencoders.is_known(codec)
-    return {
-        "network": described,
-        "autoencoder": autoencoders.describe(codec) if known else {"kind": "factory", "factory": factory},
-    }
+    return {"network": described, "autoencoder": _describe_codec(codec, described.get("factory"))}
+
+
+def _describe_codec(codec: nn.Module, factory: str | None) -> dict[str, Any]:
+    if isinstance(codec, WithDecoder):
+        encoder = _describe_codec(codec.encoder, factory)
+        return {"kind": "with-decoder", "encoder": encoder, "decoder": asdict(codec.decoder.config)}
+    if factory is None or autoencoders.is_known(codec):
+        return autoencoders.describe(codec)
+    return {"kind": "factory", "factory": factory}
 
 
 def create(config: Mapping[str, Any]) -> tuple[Network, nn.Module]:
@@ -36,11 +42,21 @@ def create(config: Mapping[str, Any]) -> tuple[Network, nn.Module]:
     described, codec = dict(config["network"]), config["autoencoder"]
     if "factory" not in described:
         fields = {**described, "latent_size": tuple(described["latent_size"])}
-        return create_network(RPFMConfig(**fields)), autoencoders.create(codec)
+        return create_network(RPFMConfig(**fields)), _create_codec(codec, None)
     parts = parts_of(described["factory"])
     network = ContractNetwork(parts, described["factory"])
-    own = parts.codec if codec["kind"] == "factory" else autoencoders.create(codec)
+    own = _create_codec(codec, parts)
     return network.as_student(True) if described["step_embedding"] else network, own
+
+
+def _create_codec(described: Mapping[str, Any], parts: Parts | None) -> nn.Module:
+    if described["kind"] == "with-decoder":
+        encoder = _create_codec(described["encoder"], parts)
+        return WithDecoder(encoder, SmallDecoder(SmallDecoderConfig(**described["decoder"])))
+    if described["kind"] == "factory":
+        codec: Any = (parts or parts_of(described["factory"])).codec
+        return codec
+    return autoencoders.create(dict(described))
 
 
 def parts_of(factory: str) -> Parts:

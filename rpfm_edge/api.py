@@ -7,6 +7,7 @@ from rpfm_edge.bundle.pipeline import render as render
 from rpfm_edge.chain.build import build as build
 from rpfm_edge.chain.graph import quantize as quantize
 from rpfm_edge.chain.train import distill as distill
+from rpfm_edge.chain.train import distill_decoder as distill_decoder
 from rpfm_edge.chain.train import fine_tune as fine_tune
 from rpfm_edge.chain.train import train as train
 from rpfm_edge.doctor import doctor as doctor

@@ -35,6 +35,7 @@ Out = Annotated[Path, typer.Option(help="Where to write the result.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every draw.")]
 Backend = Annotated[str | None, typer.Option(help="One of the bundle's backends; default: all, or the first.")]
+Teacher = Annotated[str, typer.Argument(help="A path, a shipped name (teacher:xs) or package.module:factory.")]
 Student = Annotated[str, typer.Argument(help="A student (path or student:xs), or an FP32 graph.")]
 Bundle = Annotated[str, typer.Argument(help="The bundle to measure.")]
 Steps = Annotated[int | None, typer.Option(help="Steps to unroll; default: the student's.")]
@@ -70,27 +71,19 @@ def train(
     autoencoder_seconds: Annotated[float | None, typer.Option(help="Of the small autoencoder.")] = None,
     alignment_seconds: Annotated[float | None, typer.Option(help="Of the alignment.")] = None,
     decoder_seconds: Annotated[float | None, typer.Option(help="Of the aligned decoder.")] = None,
-    autoencoder: Annotated[
-        str | None, typer.Option(help="'small', or the folder of a diffusers AutoencoderKL.")
-    ] = None,
+    autoencoder: Annotated[str | None, typer.Option(help="'small', or a diffusers AutoencoderKL's folder.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of every draw; default: the file's, or 0.")] = None,
     json: Json = False,
 ) -> None:
     """Train an RPFM teacher."""
-    changes = {
-        "seconds": seconds,
-        "autoencoder_seconds": autoencoder_seconds,
-        "alignment_seconds": alignment_seconds,
-        "decoder_seconds": decoder_seconds,
-        "autoencoder": autoencoder,
-        "seed": seed,
-    }
-    _made(api.train(config, data, out, **changes), json)
+    stages = {"autoencoder_seconds": autoencoder_seconds, "alignment_seconds": alignment_seconds}
+    changes = {"seconds": seconds, "decoder_seconds": decoder_seconds, "autoencoder": autoencoder, "seed": seed}
+    _made(api.train(config, data, out, **stages, **changes), json)
 
 
 @app.command()
 def distill(
-    teacher: Annotated[str, typer.Argument(help="A path, a shipped name (teacher:xs) or package.module:factory.")],
+    teacher: Teacher,
     data: Data,
     out: Out,
     method: Annotated[str, typer.Option(help="reflow, flowmap or endpoint.")] = "flowmap",
@@ -100,6 +93,7 @@ def distill(
     store_seconds: Annotated[float | None, typer.Option(help="Stop solving paths after this time.")] = None,
     preset: Annotated[str | None, typer.Option(help="Architecture, where the teacher brings no network.")] = None,
     batch: Annotated[int | None, typer.Option(help=f"Paths in a batch; default: {STUDENT.batch}.")] = None,
+    codec: Annotated[str | None, typer.Option(help="Small decoder in place of the teacher's.")] = None,
     lora: Annotated[int | None, typer.Option(help="Train adapters of this rank in place of all weights.")] = None,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
     seed: Seed = 0,
@@ -107,9 +101,26 @@ def distill(
 ) -> None:
     """Distill a teacher to few steps, guidance folded in."""
     store = {"trajectories": trajectories, "store_seconds": store_seconds}
-    memory = {"batch": batch, "lora": lora, "gradient_checkpointing": gradient_checkpointing or None}
+    memory = {"batch": batch, "codec": codec, "lora": lora, "gradient_checkpointing": gradient_checkpointing or None}
     changes = {"method": method, "steps": steps, "seconds": seconds, "preset": preset, "seed": seed, **store, **memory}
     _made(api.distill(teacher, data, out, **changes), json)
+
+
+@app.command()
+def distill_decoder(
+    teacher: Teacher,
+    data: Data,
+    out: Out,
+    gflop: Annotated[float, typer.Option(help="Of decoding one picture, such as 0.5, 1, 2 or 4.")] = 2.0,
+    seconds: Annotated[float | None, typer.Option(help="Training time; default: 600.")] = None,
+    student: Annotated[str | None, typer.Option(help="Half of the latents are this student's.")] = None,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Train a small decoder for a teacher's latents."""
+    made = api.distill_decoder(teacher, data, out, gflop=gflop, seconds=seconds, student=student, seed=seed)
+    tables.decoder(made.config)
+    _made(made, json)
 
 
 @app.command()
@@ -118,9 +129,7 @@ def fine_tune(
     data: Data,
     out: Out,
     precision: Annotated[str, typer.Option(help="That it will be quantized to: int8 or int4-weights.")] = "int8",
-    steps: Annotated[
-        int | None, typer.Option(help="Unrolled: those that it will run with; default: the student's.")
-    ] = None,
+    steps: Annotated[int | None, typer.Option(help="That it will run with; default: the student's.")] = None,
     seconds: Annotated[float | None, typer.Option(help=f"Training time; default: {QadTable().seconds:g}.")] = None,
     seed: Seed = 0,
     json: Json = False,
@@ -135,9 +144,7 @@ def quantize(
     student: Student,
     out: Out,
     data: Annotated[str | None, typer.Option(help="A data set, or 'sample'; only int8, fp8 and nvfp4 need it.")] = None,
-    precision: Annotated[
-        str, typer.Option(help="fp32, fp16, int8, int8-weights, int4-weights; TensorRT only: fp8, nvfp4.")
-    ] = "int8",
+    precision: Annotated[str, typer.Option(help="Or fp32, fp16, int8-, int4-weights; TensorRT: fp8, nvfp4.")] = "int8",
     steps: Steps = None,
     samples: Samples = 64,
     method: Annotated[str, typer.Option(help="Of int8: ptq, sweep or accuracy-control.")] = "ptq",
@@ -226,8 +233,7 @@ def bench(
     """Time prepare and frame on each backend."""
     evidence = api.bench(bundle, backend, runs, seconds)
     tables.bench(evidence)
-    if json:
-        _finish(evidence)
+    _finish(evidence, json)
     raise typer.Exit(2 if "failures" in evidence else 0)
 
 
@@ -241,8 +247,7 @@ def profile(
     """Say where the time of a frame goes."""
     evidence = api.profile(bundle, backend, rounds)
     tables.profile(evidence)
-    if json:
-        _finish(evidence)
+    _finish(evidence, json)
 
 
 @app.command()
@@ -259,8 +264,7 @@ def sustain(
     missing = result.get("no_plot")
     plot = f"; no plot: {missing}" if missing else f" and {out / 'sustained.png'}"
     tables.say(f"wrote {out / 'sustained.json'}{plot}")
-    if json:
-        _finish(result)
+    _finish(result, json)
 
 
 @app.command()
@@ -320,10 +324,7 @@ def render(
 def inspect(artifact: Annotated[str, typer.Argument(help="A path or a shipped name.")], json: Json = False) -> None:
     """Show what an artifact is and how it came to be; verifies every file."""
     record = api.inspect(artifact)
-    if json:
-        _finish(record)
-        return
-    tables.artifact(record)
+    _finish(record) if json else tables.artifact(record)
 
 
 @app.command()
@@ -377,8 +378,7 @@ def _within(result: Mapping[str, Any], as_json: bool) -> None:
     """What is over the budget; exit 1 if anything is."""
     for violation in result["violations"]:
         tables.console.print(Text("over budget", "red"), violation, soft_wrap=True)
-    if as_json:
-        _finish(result)
+    _finish(result, as_json)
     raise typer.Exit(1 if result["violations"] else 0)
 
 
@@ -390,11 +390,11 @@ def _limits(max_slowdown: str, rounds: int, seconds: float, limit: float) -> dic
 def _judged(result: Mapping[str, Any], as_json: bool) -> None:
     """The verdicts, and the exit code that they come to."""
     verdicts.render(result)
-    if as_json:
-        _finish(result)
+    _finish(result, as_json)
     raise typer.Exit(result["exit_code"])
 
 
-def _finish(record: Mapping[str, Any]) -> None:
+def _finish(record: Mapping[str, Any], as_json: bool = True) -> None:
     """The last line of ``--json``."""
-    print(json.dumps(finite(record), default=str, allow_nan=False), flush=True)
+    if as_json:
+        print(json.dumps(finite(record), default=str, allow_nan=False), flush=True)

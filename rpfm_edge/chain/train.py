@@ -50,6 +50,19 @@ def distill(teacher: str | Path, data: str | Path, out: str | Path, **changes: A
     return made
 
 
+def distill_decoder(teacher: str | Path, data: str | Path, out: str | Path, **changes: Any) -> Artifact:
+    """Train a small decoder for a teacher's latents.
+
+    ``changes``: fields of ``distill.decoder_command.DecoderRecipe`` (gflop, seconds, student, …); None is no change.
+    """
+    artifact.require_free(out, "codec")
+    command = _distill_module("decoder_command")
+    require_module("skimage", "validate")
+    recipe, splits = parse(command.DecoderRecipe, without_none(changes), "distill-decoder"), open_splits(data)
+    made: Artifact = command.distill_decoder(recipe, str(teacher), splits.training, Path(out), splits.validation)
+    return made
+
+
 def fine_tune(student: str | Path, data: str | Path, out: str | Path, **changes: Any) -> Artifact:
     """Fine-tune a student for INT8 or INT4 weights: quantization-aware distillation.
 

@@ -18,7 +18,7 @@ from rpfm_edge.core.errors import ArtifactError, ConfigError
 from rpfm_edge.core.files import exchange, file_digest, json_digest, put_aside, scratch_folder, write_text
 from rpfm_edge.core.signature import Signature
 
-Kind = Literal["teacher", "student", "graph", "bundle"]
+Kind = Literal["teacher", "student", "codec", "graph", "bundle"]
 MANIFEST = "manifest.json"
 EVIDENCE = "evidence"  # the folder of what was measured on an artifact: no part of it
 FORMAT = 1

@@ -45,6 +45,7 @@ class Distillation:
     batch: Annotated[int, "paths in a batch"] = 64
     init: Annotated[str | None, "student to start from: a path or a name; default: the teacher"] = None
     preset: Annotated[str | None, "architecture, where the teacher brings no network; default: the teacher's"] = None
+    codec: Annotated[str | None, "small decoder in place of the teacher's: what distill-decoder made"] = None
     lora: Annotated[int, "rank of the adapters that are trained in place of all weights; 0: none"] = 0
     gradient_checkpointing: Annotated[bool, "less memory, more time"] = False
     perceptual_weight: Annotated[float | None, "of the decoded edges, endpoint only; default: 0.5"] = None

@@ -192,3 +192,11 @@ def _median(statistics: Mapping[str, float] | None, digits: str) -> str:
 def say(text: str) -> None:
     """Print a line as it is: paths may hold brackets, and are not broken."""
     console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def decoder(found: Mapping[str, Any]) -> None:
+    """How near a small decoder comes to the one before, and its time."""
+    print(
+        f"to the decoder before: {found['psnr_db']:.1f} dB, SSIM {found['ssim']:.3f}; "
+        f"{found['before_ms']:.1f} → {found['after_ms']:.1f} ms a picture in torch"
+    )
