@@ -3,7 +3,7 @@
 
 The paper gives no code; what it leaves open is read here so that the device is fast:
 
-- Blocks are DiT's with adaLN-Zero (arXiv 2212.09748), in X-MDPT's sizes (arXiv 2402.05937).
+- Blocks are DiT's with adaLN-Zero (arXiv 2212.09748), in X-MDPT's sizes (arXiv 2402.01516).
 - The pose is aligned with the target in space, so its features are concatenated to ``x_t`` on channels.
 - The source runs through the same blocks as tokens of its own, without time and noise, and never sees the target.
   The target

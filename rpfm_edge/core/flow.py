@@ -103,7 +103,7 @@ def check_steps(config: Mapping[str, Any], steps: int, where: str = "") -> None:
 def guidance_scale(t: float, scale: float, schedule: str = "constant") -> float:
     """The scale w(t) of classifier-free guidance ``v = v_null + w (v_cond - v_null)``.
 
-    Schedules: ``constant``; ``power-cosine``, X-MDPT's (arXiv 2402.05937, power 0.01) in our time direction, where the
+    Schedules: ``constant``; ``power-cosine``, X-MDPT's (arXiv 2402.01516, power 0.01) in our time direction, where the
     scale rises from 1 at noise; ``interval``, guidance for t in [0.2, 0.8] only (arXiv 2404.07724).
     """
     if schedule == "constant":
