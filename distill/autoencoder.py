@@ -6,6 +6,7 @@ are here: a small convolutional one for the device, and diffusers' ``Autoencoder
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -164,21 +165,22 @@ def _aligned(latent: Tensor, tensors: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 class KLAutoencoder(nn.Module):
-    """diffusers' ``AutoencoderKL`` (the SD VAE family): its scaling factor and shift, or its channels' means and
-    deviations, become our normalisation."""
+    """diffusers' ``AutoencoderKL`` (the SD VAE family), ``AutoencoderTiny`` or ``AutoencoderDC``. Its scaling factor
+    and shift, and its channels' means and deviations, if it has any, become our normalisation."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
         self.latent_channels = int(vae.config.latent_channels)
-        mean, deviation = (vae.config.get(f"latents_{one}") for one in ("mean", "std"))  # of each channel: Wan, SDXL, …
+        mean, deviation = (vae.config.get(f"latents_{one}") for one in ("mean", "std"))  # of each channel
         scale = torch.full((self.latent_channels,), float(vae.config.scaling_factor))
         shift = torch.full((self.latent_channels,), float(vae.config.get("shift_factor") or 0.0))
         if mean is not None and deviation is not None:
-            scale, shift = 1 / torch.tensor(deviation, dtype=torch.float32), torch.tensor(mean, dtype=torch.float32)
+            scale, shift = scale / torch.tensor(deviation, dtype=torch.float32), torch.tensor(mean, dtype=torch.float32)
         self.register_buffer("scale", scale.view(1, -1, 1, 1), persistent=False)
         self.register_buffer("shift", shift.view(1, -1, 1, 1), persistent=False)
-        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        widths = ("block_out_channels", "encoder_block_out_channels")
+        self.factor = 2 ** (len(next(vae.config[name] for name in widths if name in vae.config)) - 1)
 
     def without_decoder(self) -> KLAutoencoder:
         """A copy that encodes and no more, so that nobody carries a large decoder that nobody runs."""
@@ -187,8 +189,10 @@ class KLAutoencoder(nn.Module):
         return copy
 
     def encode(self, image: Tensor) -> Tensor:
-        """The mode of the posterior, so that the same image always has the same latent."""
-        return (self.vae.encode(image).latent_dist.mode() - self.shift) * self.scale
+        """The mode of the posterior, if there is one, so that the same image always has the same latent."""
+        found = self.vae.encode(image)
+        latent = found.latent_dist.mode() if hasattr(found, "latent_dist") else found[0]
+        return (latent - self.shift) * self.scale
 
     def decode(self, latent: Tensor, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
         """(B, C, h, w) → (B, 3, f h, f w); the latent is all it looks at."""
@@ -210,20 +214,24 @@ class Pixels(nn.Module):
 
 
 def load_kl(folder: Path | str) -> KLAutoencoder:
-    """Read a diffusers ``AutoencoderKL`` from a local folder (``config.json`` and safetensors); never downloads."""
-    from diffusers import AutoencoderKL
+    """Read one of diffusers' autoencoders from a local folder (``config.json`` and safetensors); never downloads."""
+    import diffusers
 
     try:
-        vae = AutoencoderKL.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+        name = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("_class_name", DIFFUSERS[0])
+        if name not in DIFFUSERS:
+            raise ValueError(f"it is a {name}")
+        vae = getattr(diffusers, name).from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{folder} holds no AutoencoderKL ({str(error).splitlines()[0]})",
+            f"{folder} holds no {', '.join(DIFFUSERS[:-1])} or {DIFFUSERS[-1]} ({str(error).splitlines()[0]})",
             expected="a folder with config.json and diffusion_pytorch_model.safetensors",
             fix="copy the VAE folder of a diffusers model there",
         ) from None
     return KLAutoencoder(vae.eval().requires_grad_(False))
 
 
+DIFFUSERS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
 _CONVOLUTIONAL = {"small": SmallAutoencoder, "aligned": AlignedAutoencoder}
 
 
@@ -233,9 +241,9 @@ def create(config: dict[str, Any]) -> nn.Module:
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k != "kind"}
         return _CONVOLUTIONAL[config["kind"]](SmallAutoencoderConfig(**fields))
     if config["kind"] == "kl":
-        from diffusers import AutoencoderKL
+        import diffusers
 
-        made = KLAutoencoder(AutoencoderKL.from_config(config["config"]))
+        made = KLAutoencoder(getattr(diffusers, config.get("class", DIFFUSERS[0])).from_config(config["config"]))
         return made if config.get("decoder", True) else made.without_decoder()
     raise ConfigError(
         f"unknown autoencoder {config['kind']!r}", expected="small, aligned or kl", fix="check the manifest"
@@ -254,7 +262,8 @@ def describe(autoencoder: nn.Module) -> dict[str, Any]:
         return {"kind": kind, **asdict(autoencoder.config)}
     if isinstance(autoencoder, KLAutoencoder):
         config = {k: v for k, v in autoencoder.vae.config.items() if not k.startswith("_")}  # where it was read from, …
-        return {"kind": "kl", "config": config, "decoder": not isinstance(autoencoder.vae.decoder, nn.Identity)}
+        whole, name = not isinstance(autoencoder.vae.decoder, nn.Identity), type(autoencoder.vae).__name__
+        return {"kind": "kl", "class": name, "config": config, "decoder": whole}
     raise ConfigError(
         f"autoencoder {type(autoencoder).__name__}", expected="SmallAutoencoder or KLAutoencoder", fix="wrap it in one"
     )

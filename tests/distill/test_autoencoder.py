@@ -134,3 +134,56 @@ def test_a_fingerprint_knows_the_scale_and_not_the_place(kl_folder: Path, tmp_pa
 def test_kl_folder_without_a_vae(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no AutoencoderKL"):
         load_kl(tmp_path)
+
+
+def test_a_tiny_one_of_diffusers_is_read_and_made_again(tmp_path: Path) -> None:
+    from diffusers import AutoencoderTiny
+
+    from distill.autoencoder import create, describe
+
+    widths = {"encoder_block_out_channels": (8, 8, 8, 8), "decoder_block_out_channels": (8, 8, 8, 8)}
+    theirs = AutoencoderTiny(**widths, latent_channels=4, scaling_factor=0.5).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = load_kl(tmp_path)
+    assert (ours.factor, ours.latent_channels) == (8, 4)
+    image = torch.rand(1, 3, 32, 16) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(ours.encode(image), 0.5 * theirs.encode(image).latents)
+        torch.testing.assert_close(ours.decode(ours.encode(image)), theirs.decode(theirs.encode(image).latents).sample)
+        again = create(describe(ours))
+        again.load_state_dict(ours.state_dict())
+        torch.testing.assert_close(again.encode(image), ours.encode(image))
+
+
+def test_one_with_deep_compression_is_read(tmp_path: Path) -> None:
+    from diffusers import AutoencoderDC
+
+    kinds = {f"{side}_block_types": "ResBlock" for side in ("encoder", "decoder")}
+    widths = {f"{side}_block_out_channels": (8, 8, 16) for side in ("encoder", "decoder")}
+    layers = {f"{side}_layers_per_block": (1, 1, 1) for side in ("encoder", "decoder")}
+    scales = {f"{side}_qkv_multiscales": ((), (), ()) for side in ("encoder", "decoder")}
+    theirs = AutoencoderDC(latent_channels=8, **kinds, **widths, **layers, **scales, scaling_factor=0.4).eval()
+    theirs.save_pretrained(tmp_path)
+    ours, image = load_kl(tmp_path), torch.rand(1, 3, 32, 16) * 2 - 1
+    with torch.no_grad():
+        latent = ours.encode(image)
+        torch.testing.assert_close(latent, 0.4 * theirs.encode(image).latent)
+        assert latent.shape == (1, 8, 32 // ours.factor, 16 // ours.factor)
+        torch.testing.assert_close(ours.decode(latent), theirs.decode(theirs.encode(image).latent).sample)
+
+
+def test_means_and_deviations_of_channels_join_the_scaling(tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    kind = {"block_out_channels": (8,), "norm_num_groups": 4, "latent_channels": 2, "scaling_factor": 0.5}
+    plain = AutoencoderKL(**kind)
+    theirs = AutoencoderKL(**kind, latents_mean=[0.25, -1.0], latents_std=[2.0, 4.0])
+    theirs.load_state_dict(plain.state_dict())
+    image = torch.rand(1, 3, 8, 8) * 2 - 1
+    with torch.no_grad():
+        raw = plain.eval().encode(image).latent_dist.mode()
+        want = (raw - torch.tensor([0.25, -1.0]).view(1, 2, 1, 1)) * 0.5 / torch.tensor([2.0, 4.0]).view(1, 2, 1, 1)
+        ours = KLAutoencoder(theirs.eval())
+        torch.testing.assert_close(ours.encode(image), want)
+        torch.testing.assert_close(ours.decode(want), plain.decode(raw).sample)
